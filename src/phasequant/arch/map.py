@@ -1,0 +1,130 @@
+"""`ModelMap`: a model as this package sees it. Blocks → groups → linears, with sizes; names and integers only.
+
+Built from a Transformers config alone, so that a plan can be checked or a checkpoint laid out before any weight is
+read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from phasequant.arch.families import FAMILIES, Family, GroupNames
+from phasequant.errors import PhaseQuantError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The integers of a decoder. `d_head` is not always `d_model / heads`."""
+
+    blocks: int
+    d_model: int
+    d_ffn: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """A family's names with one model's sizes."""
+
+    family: Family
+    shape: Shape
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> "ModelMap":
+        """The map of a config; `PhaseQuantError` where the architecture is not supported."""
+        model_type = getattr(config, "model_type", None) or "unknown"
+        family = next((f for f in FAMILIES if model_type in f.model_types), None)
+        if family is None:
+            supported = ", ".join(f"{f.name} ({', '.join(f.model_types)})" for f in FAMILIES)
+            raise PhaseQuantError(f"models of type '{model_type}' are not supported; supported are: {supported}")
+        heads = config.num_attention_heads
+        return cls(
+            family,
+            Shape(
+                blocks=config.num_hidden_layers,
+                d_model=config.hidden_size,
+                d_ffn=config.intermediate_size,
+                heads=heads,
+                kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+                d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
+                vocab=config.vocab_size,
+            ),
+        )
+
+    @property
+    def blocks(self) -> range:
+        """Indices of the decoder blocks, 0-based."""
+        return range(self.shape.blocks)
+
+    @property
+    def groups(self) -> tuple[GroupNames, ...]:
+        """The groups of any block, in order of computation."""
+        return self.family.groups
+
+    def group(self, name: str) -> GroupNames:
+        """One group by name."""
+        return next(g for g in self.groups if g.name == name)
+
+    def block_name(self, block: int) -> str:
+        """Full name of a block's module."""
+        return f"{self.family.blocks}.{block}"
+
+    def linears(self) -> Iterator[tuple[int, str, str]]:
+        """(block, group, full name) of every linear inside the blocks."""
+        for block in self.blocks:
+            for group in self.groups:
+                for name in group.linears:
+                    yield block, group.name, f"{self.block_name(block)}.{name}"
+
+    def width_in(self, group: str) -> int:
+        """Width of a group's input."""
+        s = self.shape
+        return {"qkv": s.d_model, "o": s.heads * s.d_head, "gate_up": s.d_model, "down": s.d_ffn}[group]
+
+    def width_out(self, group: str) -> int:
+        """Summed output width of a group's linears."""
+        s = self.shape
+        return {
+            "qkv": (s.heads + 2 * s.kv_heads) * s.d_head,
+            "o": s.d_model,
+            "gate_up": 2 * s.d_ffn,
+            "down": s.d_model,
+        }[group]
+
+    def macs(self, group: str) -> int:
+        """Multiply-adds a token of one group of one block."""
+        return self.width_in(group) * self.width_out(group)
+
+    @property
+    def macs_total(self) -> int:
+        """Multiply-adds a token of all linears inside the blocks."""
+        return self.shape.blocks * sum(self.macs(g.name) for g in self.groups)
+
+    def describe(self) -> dict[str, Any]:
+        """Family and sizes, for JSON."""
+        return {"family": self.family.name, **asdict(self.shape), "notes": list(self.family.notes)}
+
+    def fingerprint(self) -> str:
+        """Names the architecture and sizes in 12 characters: equal where a plan fits."""
+        text = json.dumps({"family": self.family.name, **asdict(self.shape)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise where the model lacks a module that the map names."""
+        present = {name for name, _ in model.named_modules()}
+        wanted = [self.family.embeddings, self.family.final_norm, self.family.head]
+        wanted += [name for _, _, name in self.linears()]
+        missing = [name for name in wanted if name not in present]
+        if missing:
+            raise PhaseQuantError(
+                f"this {self.family.name} model has no module '{missing[0]}' (and {len(missing) - 1} more): "
+                "it is not the causal language model that its config describes"
+            )

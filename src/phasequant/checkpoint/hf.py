@@ -1,0 +1,89 @@
+"""PhaseQuant as a quantization method of Transformers: registered on import, no model patched.
+
+`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 1, "layout": {…}}`. Loading lays
+out empty `QuantLinear`s and KV quantizers on the meta device and lets Transformers fill them. A layout of a newer format
+is refused. Saving hands over codes as they are and dense tensors in the checkpoint's 16-bit type.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from phasequant.arch import ModelMap
+from phasequant.errors import PhaseQuantError
+from phasequant.nn import ModelLayout, lay_out
+
+METHOD = "phasequant"
+FORMAT = 1
+
+
+class PhaseQuantConfig(QuantizationConfigMixin):
+    """The `quantization_config` block of a checkpoint."""
+
+    def __init__(self, layout: dict[str, Any], dtype: str, format: int = FORMAT, **unknown: Any) -> None:
+        """`layout`: `ModelLayout.to_dict()`; `dtype`: of what is not quantized."""
+        unknown.pop("quant_method", None)
+        if format != FORMAT:
+            raise PhaseQuantError(
+                f"the checkpoint has format {format}, and this phasequant reads format {FORMAT}: "
+                "install the version that wrote it (its manifest.json says which)"
+            )
+        if unknown:
+            raise PhaseQuantError(f"unknown key '{next(iter(unknown))}' in quantization_config: config.json was edited")
+        self.quant_method = METHOD
+        self.format = format
+        self.dtype = dtype
+        self.layout = layout
+
+
+class PhaseQuantQuantizer(HfQuantizer):
+    """Lays out a model for loading, and its state dict for saving."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model_map = ModelMap.from_config(model.config)
+        layout = ModelLayout.from_dict(self.quantization_config.layout, model_map)
+        lay_out(model, model_map, layout, kwargs.get("dtype") or torch.float32)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Parameters in the checkpoint's type; buffers (codes, scales, factors) as they are."""
+        dtype = getattr(torch, self.quantization_config.dtype)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state = model.state_dict()
+        return {name: t.to(dtype) if name in parameters else t for name, t in state.items()}, {}
+
+    def is_serializable(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No: codes have no gradient."""
+        return False
+
+
+def register() -> None:
+    """Make Transformers know the method; harmless when called twice."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(PhaseQuantConfig)
+        register_quantizer(METHOD)(PhaseQuantQuantizer)
+
+
+def mark_quantized(model: PreTrainedModel, layout: ModelLayout, dtype: str) -> None:
+    """Give an in-memory model the config and quantizer that a loaded one has."""
+    config = PhaseQuantConfig(layout.to_dict(), dtype)
+    model.config.quantization_config = config
+    model.hf_quantizer = PhaseQuantQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = METHOD

@@ -1,0 +1,65 @@
+"""`manifest.json`: what made a checkpoint, and the hash of every file in it.
+
+Written last, so that a directory with a manifest is whole. Loading checks sizes and hashes first: a shard cut short, a
+flipped bit or an edited config is found before a number is computed from it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from phasequant.errors import PhaseQuantError
+
+NAME = "manifest.json"
+
+
+def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a directory but the manifest."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return entries
+
+
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a finished directory."""
+    text = json.dumps({**content, "files": file_entries(folder)}, indent=1, ensure_ascii=False)
+    (folder / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint."""
+    try:
+        values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PhaseQuantError(f"{folder} has no {NAME}: it is not a whole PhaseQuant checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise PhaseQuantError(f"{folder / NAME} cannot be read ({error}): get the checkpoint again") from error
+    if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
+        raise PhaseQuantError(f"{folder / NAME} is not a manifest: get the checkpoint again")
+    return values
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Compare every file with the manifest, and return it."""
+    values = read(folder)
+    for name, entry in values["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise PhaseQuantError(f"the checkpoint {folder} lacks '{name}': get it again")
+        size = path.stat().st_size
+        if size != entry.get("bytes"):
+            raise PhaseQuantError(
+                f"'{name}' in {folder} has {size} bytes instead of {entry.get('bytes')}: it was cut short or edited; "
+                "get it again"
+            )
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.get("sha256"):
+                raise PhaseQuantError(
+                    f"'{name}' in {folder} is not what was saved (its SHA-256 differs): it was edited or damaged; "
+                    "get it again, or quantize anew"
+                )
+    return values

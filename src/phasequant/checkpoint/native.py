@@ -1,0 +1,110 @@
+"""Saving and loading PhaseQuant's own checkpoints.
+
+    config.json            the architecture, with quantization_config.quant_method = "phasequant"
+    model*.safetensors     packed codes, scales, online factors, KV factors; embeddings, norms and head in 16 bits
+    tokenizer …            the source's
+    recipe.yaml, plan.json what was asked for, and which group reads which bits, and why
+    manifest.json          source, versions, calibration, and the hash of every file above
+"""
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from phasequant.checkpoint import manifest
+from phasequant.checkpoint.folder import new_folder
+from phasequant.checkpoint.hf import register
+from phasequant.errors import PhaseQuantError
+from phasequant.evaluate.size import weight_bytes
+from phasequant.plan import PrecisionPlan
+from phasequant.recipe import Recipe
+from phasequant.source import hushed_transformers, is_checkpoint, pick_device
+
+SLACK = 64 * 2**20  # tokenizer, JSON
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what a run computes."""
+    found = {}
+    for name in ("phasequant", "torch", "transformers", "compressed-tensors", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save(
+    path: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    plan: PrecisionPlan,
+    origin: dict[str, Any],
+) -> Path:
+    """Write a checkpoint; `origin` goes into the manifest. The directory appears whole or not at all."""
+    target = Path(path)
+    with new_folder(target, manifest.NAME, weight_bytes(model) + SLACK) as folder:
+        with hushed_transformers():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        config_path = folder / "config.json"
+        config = json.loads(config_path.read_text())
+        config["dtype"] = model.config.quantization_config.dtype
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        manifest.write(folder, {"format": 1, "versions": versions(), **origin})
+    return target
+
+
+def load(
+    path: str | Path, device: str = "auto", dtype: torch.dtype | None = None, verify: bool = True
+) -> PreTrainedModel:
+    """A checkpoint as a Transformers model, with packed weights and a packed KV cache in `generate`.
+
+    - `device`: auto, cpu, cuda, cuda:N.
+    - `dtype`: of what is not quantized, and of activations between layers; float32 on a CPU, else the checkpoint's.
+    - `verify`: compare every file with the manifest's hashes first.
+
+    Raises `PhaseQuantError` where anything is missing, damaged, edited, or of another format.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise PhaseQuantError(f"the checkpoint {folder} does not exist")
+    if verify:
+        manifest.check(folder)
+    if not is_checkpoint(folder):
+        raise PhaseQuantError(f"{folder} is not a PhaseQuant checkpoint (no quant_method 'phasequant' in config.json)")
+    register()
+    where = pick_device(device)
+    if dtype is None and where.type == "cpu":
+        dtype = torch.float32
+    try:
+        with hushed_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype or "auto", output_loading_info=True
+            )
+    except PhaseQuantError:
+        raise
+    except Exception as error:
+        raise PhaseQuantError(
+            f"the checkpoint {folder} could not be loaded ({type(error).__name__}: {error}): get it again"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            first = sorted(map(str, report[kind]))[0]
+            raise PhaseQuantError(
+                f"the checkpoint {folder} does not fit its own config: {len(report[kind])} "
+                f"{kind.replace('_', ' ')}, first '{first}'; get it again"
+            )
+    return model.eval().requires_grad_(False).to(where)
+
+
+def read_plan(folder: Path, model_map: Any) -> PrecisionPlan:
+    """The plan of a checkpoint."""
+    return PrecisionPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"), model_map)

@@ -1,0 +1,101 @@
+"""What a run says while it runs: progress with ETA, notes and warnings, all on stderr.
+
+On a terminal rich draws bars; elsewhere a plain line appears every few seconds, so that logs stay readable.
+"""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+PLAIN_EVERY_S = 5.0
+
+stderr = Console(stderr=True, highlight=False)
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silence notes and progress (warnings stay)."""
+    global _quiet
+    _quiet = quiet
+
+
+def note(text: str) -> None:
+    """One line of information."""
+    if not _quiet:
+        stderr.print(text, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Something that is not as asked, but is not an error."""
+    stderr.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
+
+
+class Ticker(Protocol):
+    """Counts finished steps."""
+
+    def __call__(self, steps: int = 1) -> None:
+        """`steps` more are done."""
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds + 0.5)
+    return f"{whole // 60}:{whole % 60:02d}"
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Ticker]:
+    """Show `title` with steps done, elapsed time and ETA until the block ends."""
+    if _quiet:
+        yield lambda steps=1: None
+        return
+    if stderr.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=stderr) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda steps=1: bar.advance(task, steps)
+        return
+    start = last = time.monotonic()
+    done = 0
+
+    def tick(steps: int = 1) -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY_S and 0 < done < total:
+            last = now
+            eta = (now - start) / done * (total - done)
+            print(f"{title}: {done}/{total}, {_clock(now - start)} gone, ETA {_clock(eta)}", file=sys.stderr, flush=True)
+
+    yield tick
+    if done:
+        print(f"{title}: {done}/{total} in {_clock(time.monotonic() - start)}", file=sys.stderr, flush=True)
+
+
+def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """Iterate with progress."""
+    with progress(title, total) as tick:
+        for item in items:
+            yield item
+            tick()

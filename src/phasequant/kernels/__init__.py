@@ -1,0 +1,28 @@
+"""How a quantized linear is computed here: the reference (the definition) and the kernels that equal it."""
+
+import torch
+
+from phasequant.errors import PhaseQuantError
+from phasequant.kernels.contract import Kernel, LinearSpec, LinearTensors
+from phasequant.kernels.int8_cpu import Int8Cpu
+from phasequant.kernels.reference import Reference, dense_weight
+
+KERNELS: tuple[Kernel, ...] = (Int8Cpu(), Reference())
+"""In order of preference."""
+
+
+def choose(spec: LinearSpec, device: torch.device, name: str | None = None) -> Kernel:
+    """The first kernel that can run `spec` on `device`, or the one called `name`; an error with every reason if none."""
+    reasons = []
+    for kernel in KERNELS:
+        if name is not None and kernel.name != name:
+            continue
+        ok, reason = kernel.can_run(spec, device)
+        if ok:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    known = ", ".join(kernel.name for kernel in KERNELS)
+    raise PhaseQuantError(f"no kernel runs {spec} on {device}: {'; '.join(reasons) or f'unknown; there are {known}'}")
+
+
+__all__ = ["KERNELS", "Kernel", "LinearSpec", "LinearTensors", "choose", "dense_weight"]

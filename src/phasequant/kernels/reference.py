@@ -1,0 +1,75 @@
+r"""The definition of a quantized linear. Every other kernel is tested against this.
+
+For input codes q_x with scale s_x and zero z_x per token, weight codes q_w with s_w and z_w per output channel (or
+group g of the inputs):
+
+    y[t,o] = s_x[t] · Σ_g s_w[o,g] · ( Σ_{i∈g} (q_x[t,i] - z_x[t]) · (q_w[o,i] - z_w[o,g]) )  +  b[o]
+
+The inner sum is an integer. It is computed by a floating-point matrix product in a type wide enough to hold every
+partial sum exactly (fp32 below 2^24, else fp64), so its value depends neither on the order of summation nor on the
+machine. Scaling is fp32: first by s_w, then by s_x. With 16-bit inputs the weights are dequantized and multiplied.
+
+Costs as much as a dense fp32 linear plus unpacking: it defines, it is not fast.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phasequant.kernels.contract import LinearSpec, LinearTensors
+from phasequant.numerics import QuantSpec, dequantize, fake_quantize, grid, round_to_codes, unpack
+
+EXACT_FP32 = 2**24
+
+
+def centred_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """q - z of every value, in the precision of `x` (integers)."""
+    codes = round_to_codes(x, scale, zero, spec).to(x.dtype)
+    return codes if spec.symmetric else codes - zero
+
+
+def dense_weight(weights: LinearTensors, spec: LinearSpec) -> Float[Tensor, "O I"]:
+    """The weights as floating-point numbers."""
+    if spec.weight is None:
+        assert weights.dense is not None
+        return weights.dense
+    assert weights.packed is not None and weights.scale is not None and weights.zero is not None
+    codes = unpack(weights.packed, spec.in_features, spec.weight)
+    return dequantize(codes, weights.scale, weights.zero, spec.weight)
+
+
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y + b, where there is a b."""
+    return y if bias is None else y + bias.to(y)
+
+
+class Reference:
+    """See the module's docstring."""
+
+    name = "reference"
+
+    def can_run(self, spec: LinearSpec, device: torch.device) -> tuple[bool, str]:
+        """Always, on any device that torch has."""
+        return True, "the reference runs everywhere"
+
+    def linear(self, x: Float[Tensor, "*rows I"], weights: LinearTensors, spec: LinearSpec) -> Float[Tensor, "*rows O"]:
+        """The definition."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = x.to(wide)
+        if spec.input is None or spec.weight is None:
+            if spec.input is not None:
+                values = fake_quantize(values, spec.input)
+            return add_bias(values @ dense_weight(weights, spec).to(wide).T, weights.bias).to(x.dtype)
+        assert weights.packed is not None and weights.scale is not None and weights.zero is not None
+        s_x, z_x = grid(values, spec.input)
+        q_x = centred_codes(values, s_x, z_x, spec.input)
+        codes = unpack(weights.packed, spec.in_features, spec.weight).to(wide)
+        groups = spec.weight.groups(spec.in_features)
+        span = spec.in_features // groups
+        exact = wide if span * spec.input.reach * spec.weight.reach <= EXACT_FP32 else torch.float64
+        y = torch.zeros(*x.shape[:-1], spec.out_features, dtype=wide, device=x.device)
+        for g in range(groups):
+            part = slice(g * span, (g + 1) * span)
+            q_w = (codes[:, part] - weights.zero[:, g, None]).to(exact)
+            y += (q_x[..., part].to(exact) @ q_w.T).to(wide) * weights.scale[:, g].to(wide)
+        return add_bias(y * s_x, weights.bias).to(x.dtype)

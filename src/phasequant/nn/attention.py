@@ -1,0 +1,113 @@
+"""The attention function and the cache of models with a quantized KV: registered with Transformers, no model patched.
+
+Transformers calls `past_key_values.update(k, v, layer)` after RoPE and hands its result to the attention function. With
+our cache that result is packed; without a cache the function rounds k and v itself, to the same numbers. Attention
+then is Transformers' own SDPA over the dequantized states.
+
+`attach` gives a model its `KVQuantizer`s and sees to it that `generate` caches in packed layers: a fresh default cache
+is refitted before its first token. A cache that cannot be (static, or already filled in 16 bits) is said so once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from phasequant.arch import ModelMap
+from phasequant.console import warn
+from phasequant.errors import PhaseQuantError
+from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
+
+ATTENTION = "phasequant"
+SLOT = "kv_quantizer"  # the attribute of an attention module
+
+
+def quantized_attention(
+    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """SDPA over keys and values that went through the KV grid. query (B,N,T,H); key, value (B,K,T,H) or packed."""
+    quantizer = getattr(module, SLOT, None)
+    if quantizer is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if not isinstance(key, PackedStates):
+        key, value = quantizer.encode(key, value)
+    keys = quantizer.decode(key, query.dtype)
+    values = quantizer.decode(value, query.dtype)
+    return sdpa_attention_forward(module, quantizer.rotate(query), keys, values, attention_mask, **options)
+
+
+AttentionInterface.register(ATTENTION, quantized_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class PackedCache(Cache):
+    """A Transformers cache whose layers hold codes. `nbytes` is what it really takes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(layers=packed_layers(model))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def quantizers(model: nn.Module) -> list[KVQuantizer]:
+    """The KV grids of a model, by layer; empty where its KV is 16-bit."""
+    return [module for module in model.modules() if isinstance(module, KVQuantizer)]
+
+
+def packed_layers(model: nn.Module) -> list[PackedLayer]:
+    """A fresh packed layer for every attention module."""
+    return [PackedLayer(quantizer) for quantizer in quantizers(model)]
+
+
+def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before each forward: make the cache a packed one while it is still empty."""
+    if model.config._attn_implementation != ATTENTION:
+        raise PhaseQuantError(
+            f"attention '{model.config._attn_implementation}' would read a 16-bit KV cache, and this model promises "
+            f"{quantizers(model)[0].spec.bits} bits: leave attn_implementation alone"
+        )
+    cache = kwargs.get("past_key_values")
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = model.config.use_cache
+    if cache is None and use_cache:
+        kwargs["past_key_values"] = PackedCache(model)
+    elif isinstance(cache, DynamicCache) and not any(layer.get_seq_length() for layer in cache.layers):
+        cache.layers = packed_layers(model)
+        cache.layer_class_to_replicate = None
+    elif cache is not None and not all(isinstance(layer, PackedLayer) for layer in cache.layers):
+        if not getattr(model, "_phasequant_warned", False):
+            model._phasequant_warned = True
+            warn(
+                f"a {type(cache).__name__} holds keys and values in 16 bits (what attention reads is still rounded to "
+                f"the model's KV grid): leave the cache to generate() for packed memory"
+            )
+    return args, kwargs
+
+
+def attach(model: PreTrainedModel, model_map: ModelMap, make: Any) -> None:
+    """Give every attention module the `KVQuantizer` that `make()` returns, and switch the model to our attention."""
+    for block in model_map.blocks:
+        attention = model.get_submodule(f"{model_map.block_name(block)}.{model_map.family.attention}")
+        setattr(attention, SLOT, make())
+    model.config._attn_implementation = ATTENTION
+    decoder = model.get_submodule(model_map.family.decoder)
+    decoder.config._attn_implementation = ATTENTION
+    model.register_forward_pre_hook(_refit_cache, with_kwargs=True)
+
+
+def kv_bytes_per_token(model: PreTrainedModel, model_map: ModelMap) -> int:
+    """Bytes a cached token takes over all layers; a 16-bit KV counts two bytes a number."""
+    found = quantizers(model)
+    shape = model_map.shape
+    if found:
+        return sum(quantizer.bytes_per_token(shape.kv_heads) for quantizer in found)
+    return shape.blocks * 2 * shape.kv_heads * shape.d_head * torch.finfo(torch.float16).bits // 8

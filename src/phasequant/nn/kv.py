@@ -1,0 +1,204 @@
+r"""Keys and values in 4 bits: the grid, the packed cache layer, and R3.
+
+Each token's key and value of each kv head is one row (or `group_size` pieces of it) on an asymmetric grid:
+
+    q = clamp(round(x/s) + z, 0, 15),   s = (max(x,0) - min(x,0))/15 rounded to fp16,   x̂ = s·(q - z)
+
+Keys are rotated first, after RoPE, by a Hadamard matrix of the head size (R3); queries get the same rotation in the
+attention function, so q·kᵀ is unchanged but for the rounding: (qR)(kR)ᵀ = q·kᵀ. Values were rotated by R2 when the
+weights were folded. A token costs, a head: d_head/2 bytes of codes + 3 bytes (fp16 scale, 8-bit zero) a group, for keys
+and for values. Because every token is rounded on its own, prefill, chunked prefill and decoding see the same numbers,
+with a cache or without.
+
+Sources: QuaRot (arXiv 2404.00456) for R3 and the asymmetric KV grid; the fp16 scale and including zero are ours.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from phasequant.numerics import QuantSpec, Rotation, apply_factors, dequantize, grid, pack, packed_width, round_to_codes
+from phasequant.numerics import unpack as unpack_codes
+
+TINY = 2.0**-24  # smallest fp16: keeps a scale from becoming 0
+
+
+@dataclass
+class PackedStates:
+    """Keys or values as codes; the token axis is the third."""
+
+    codes: UInt8[Tensor, "B K T bytes"]
+    scale: Float[Tensor, "B K T G"]
+    zero: Int[Tensor, "B K T G"]
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.codes.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.codes.nbytes + self.scale.nbytes + self.zero.nbytes
+
+    def map(self, change: Any) -> "PackedStates":
+        """The same change to codes, scales and zero points."""
+        return PackedStates(change(self.codes), change(self.scale), change(self.zero))
+
+    def then(self, other: "PackedStates") -> "PackedStates":
+        """With `other`'s tokens after these."""
+        pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero))
+        return PackedStates(*(torch.cat(pair, dim=2) for pair in pairs))
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of the same tokens."""
+
+    keys: PackedStates
+    values: PackedStates
+
+
+class KVQuantizer(nn.Module):
+    """The KV grid of one attention module, and R3. Stored in the checkpoint: the rotation's two small factors."""
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, spec: QuantSpec, d_head: int, left: int, right: int, device: torch.device | None = None) -> None:
+        """`left`, `right`: orders of R3's factors, 0 where there is no R3."""
+        super().__init__()
+        self.spec = spec
+        self.d_head = d_head
+        self.rotates = left > 0
+        self.register_buffer("left", torch.zeros(left, left, dtype=torch.float32, device=device))
+        self.register_buffer("right", torch.zeros(right, right, dtype=torch.float32, device=device))
+
+    @classmethod
+    def of(cls, spec: QuantSpec, d_head: int, rotation: Rotation | None) -> "KVQuantizer":
+        """With R3 = `rotation`, or none."""
+        if rotation is None:
+            return cls(spec, d_head, 0, 0)
+        module = cls(spec, d_head, rotation.left.shape[0], rotation.right.shape[0])
+        module.left = rotation.left.to(torch.float32)
+        module.right = rotation.right.to(torch.float32)
+        return module
+
+    def rotate(self, x: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows H"]:
+        """R3, on queries and keys after RoPE."""
+        if not self.rotates:
+            return x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return apply_factors(x.to(wide), self.left, self.right).to(x.dtype)
+
+    def _encode(self, x: Float[Tensor, "B K T H"]) -> PackedStates:
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale, zero = grid(values, self.spec)
+        scale = scale.to(torch.float16).clamp(min=TINY)  # the codes are made for the scale that is stored
+        codes = round_to_codes(values, scale.to(values.dtype), zero, self.spec)
+        return PackedStates(pack(codes, self.spec), scale, zero.to(torch.uint8))
+
+    def encode(self, keys: Float[Tensor, "B K T H"], values: Float[Tensor, "B K T H"]) -> KeyValue:
+        """Rotate the keys, quantize both."""
+        return KeyValue(self._encode(self.rotate(keys)), self._encode(values))
+
+    def decode(self, packed: PackedStates, dtype: torch.dtype) -> Float[Tensor, "B K T H"]:
+        """What attention reads; keys stay rotated."""
+        wide = torch.promote_types(dtype, torch.float32)
+        codes = unpack_codes(packed.codes, self.d_head, self.spec)
+        return dequantize(codes, packed.scale.to(wide), packed.zero.to(wide), self.spec).to(dtype)
+
+    def bytes_per_token(self, kv_heads: int) -> int:
+        """Bytes that one token takes in this layer's cache, keys and values."""
+        return 2 * kv_heads * (packed_width(self.d_head, self.spec) + 3 * self.spec.groups(self.d_head))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "KVQuantizer":
+        """R3's factors keep their precision through `.half()` and the like."""
+        left, right = self.left, self.right
+        super()._apply(fn, recurse)
+        self.left, self.right = left.to(self.left.device), right.to(self.right.device)
+        return self
+
+
+class PackedLayer(CacheLayerMixin):
+    """A layer of a Transformers cache that holds codes. `update` hands packed states on: our attention function reads
+    them."""
+
+    is_sliding = False  # holds every token; a sliding window is then the mask's work
+    is_croppable = True
+
+    def __init__(self, quantizer: KVQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.packed: KeyValue | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate before the first token."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Quantize the new tokens, keep them, return all as (keys, values) `PackedStates`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = self.quantizer.encode(key_states, value_states)
+        self.packed = (
+            new
+            if self.packed is None
+            else KeyValue(self.packed.keys.then(new.keys), self.packed.values.then(new.values))
+        )
+        return self.packed.keys, self.packed.values
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return 0 if self.packed is None else self.packed.keys.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length of keys after the update, offset)."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Unbounded."""
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return 0 if self.packed is None else self.packed.keys.nbytes + self.packed.values.nbytes
+
+    def _change(self, change: Any) -> None:
+        if self.packed is not None:
+            self.packed = KeyValue(self.packed.keys.map(change), self.packed.values.map(change))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.packed = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self._change(lambda t: t[indices, ...])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: a negative count, or (older Transformers) the length to keep."""
+        keep = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
+        self._change(lambda t: t[:, :, :keep])
+
+    def offload(self) -> None:
+        """To the CPU."""
+        self._change(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Back to the device."""
+        self._change(lambda t: t.to(self.device, non_blocking=True))

@@ -1,0 +1,141 @@
+"""`QuantLinear`: packed weights, the grid its input is read on, and what is done to the input before.
+
+    y = W̃ · Q( online(x) ) + b
+
+On disk and in memory the weights are codes (two to a byte up to 4 bits) with fp32 scales (out, groups) and, where the
+grid is asymmetric, zero points. With 16-bit weights the tensor is `weight_dense`: never `weight`, so that a loader that
+does not know this package finds nothing it could mistake for a plain linear.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight
+from phasequant.nn.online import OnlineRotation
+from phasequant.numerics import QuantSpec, pack, packed_width
+
+
+class QuantLinear(nn.Module):
+    """A linear of a quantized model; `kernels.reference` defines its forward."""
+
+    weight_packed: Tensor | None
+    weight_scale: Tensor | None
+    weight_zero: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        weight_spec: QuantSpec | None = None,
+        input_spec: QuantSpec | None = None,
+        online: OnlineRotation | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Empty buffers of the right shapes, to be filled by a quantizer or a loader."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.input_spec = input_spec
+        self.weight_spec = weight_spec
+        self.online = online
+        self.kernel_name: str | None = None
+        self._kernel: tuple[LinearSpec, torch.device, Kernel] | None = None
+        self.weight_dense: nn.Parameter | None = None
+        if weight_spec is None:
+            dense = torch.empty(out_features, in_features, device=device, dtype=dtype)
+            self.weight_dense = nn.Parameter(dense, requires_grad=False)
+        self._register_codes(weight_spec, device)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
+
+    def _register_codes(self, spec: QuantSpec | None, device: torch.device | None) -> None:
+        packed = scale = zero = None
+        if spec is not None:
+            shape = (self.out_features, spec.groups(self.in_features))
+            width = packed_width(self.in_features, spec)
+            packed = torch.empty(self.out_features, width, dtype=torch.uint8, device=device)
+            scale = torch.empty(shape, dtype=torch.float32, device=device)
+            zero = None if spec.symmetric else torch.empty(shape, dtype=torch.uint8, device=device)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", zero)
+
+    @classmethod
+    def dense(
+        cls, weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None, online: OnlineRotation | None = None
+    ) -> "QuantLinear":
+        """With 16-bit weights, to be quantized later or not at all."""
+        out_features, in_features = weight.shape
+        module = cls(in_features, out_features, bias=bias is not None, online=online, dtype=weight.dtype)
+        module.weight_dense = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        return module
+
+    def set_codes(self, codes: Tensor, scale: Float[Tensor, "O G"], zero: Float[Tensor, "O G"], spec: QuantSpec) -> None:
+        """Replace the dense weights by codes."""
+        device = scale.device
+        self.weight_spec = spec
+        self.weight_dense = None
+        self._register_codes(spec, device)
+        self.weight_packed = pack(codes, spec)
+        self.weight_scale = scale.to(torch.float32)
+        if not spec.symmetric:
+            self.weight_zero = zero.to(torch.uint8)
+
+    @property
+    def spec(self) -> LinearSpec:
+        """What a kernel is asked."""
+        return LinearSpec(self.in_features, self.out_features, self.weight_spec, self.input_spec)
+
+    @property
+    def tensors(self) -> LinearTensors:
+        """What a kernel is given; zero points are 0 where the grid is symmetric."""
+        zero = self.weight_zero
+        if zero is None and self.weight_scale is not None:
+            zero = torch.zeros_like(self.weight_scale)
+        elif zero is not None:
+            assert self.weight_scale is not None
+            zero = zero.to(self.weight_scale.dtype)
+        return LinearTensors(self.weight_dense, self.weight_packed, self.weight_scale, zero, self.bias)
+
+    def dense_weight(self) -> Float[Tensor, "O I"]:
+        """The weights as floating-point numbers, dequantized where they are codes."""
+        return dense_weight(self.tensors, self.spec)
+
+    def prepare(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows I"]:
+        """What the quantizer of the input sees."""
+        return x if self.online is None else self.online(x)
+
+    def kernel(self, device: torch.device) -> Kernel:
+        """The kernel that runs this linear on `device`."""
+        spec = self.spec
+        if self._kernel is None or self._kernel[0] != spec or self._kernel[1] != device:
+            self._kernel = (spec, device, choose(spec, device, self.kernel_name))
+        return self._kernel[2]
+
+    def forward(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
+        """(*, I) → (*, O)."""
+        return self.kernel(x.device).linear(self.prepare(x), self.tensors, self.spec)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+        """Moves go through; `.half()` and the like must not round scales or online factors: those define the grid."""
+        kept = [(m, name, b) for m in self.modules() for name, b in m.named_buffers(recurse=False)]
+        super()._apply(fn, recurse)
+        for module, name, before in kept:
+            after = getattr(module, name)
+            if after.dtype != before.dtype:
+                setattr(module, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        weights = self.weight_spec or "16-bit"
+        return f"{self.in_features} → {self.out_features}, weights {weights}, input {self.input_spec or '16-bit'}"

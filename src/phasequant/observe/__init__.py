@@ -1,0 +1,27 @@
+"""Metrics of a sweep: Jump Ratio, Historical Feature SNR, GSR, massive activations, token spikes, injected noise."""
+
+from phasequant.observe.gsr import gsr
+from phasequant.observe.massive import Massive, Phase, massive, phases
+from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, TokenMap
+from phasequant.observe.residual import analysis_quantize, historical_snr, jump_ratio
+from phasequant.observe.spikes import spike_ratio, token_absmax
+from phasequant.observe.sweep import sweep
+
+__all__ = [
+    "Curve",
+    "GroupStats",
+    "Massive",
+    "Observations",
+    "Phase",
+    "Residual",
+    "TokenMap",
+    "analysis_quantize",
+    "gsr",
+    "historical_snr",
+    "jump_ratio",
+    "massive",
+    "phases",
+    "spike_ratio",
+    "sweep",
+    "token_absmax",
+]

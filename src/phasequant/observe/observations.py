@@ -1,0 +1,110 @@
+"""`Observations`: the numbers of one sweep, in plain lists. Saved with the run, so that plans and reports can be remade
+without the model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from phasequant.errors import PhaseQuantError
+from phasequant.observe.massive import Massive, Phase
+
+
+@dataclass
+class Curve:
+    """A value a block: mean over tokens, with and without the first token of each sequence."""
+
+    all_tokens: list[float] = field(default_factory=list)
+    without_first: list[float] = field(default_factory=list)
+
+    def pick(self, first_token: bool) -> list[float]:
+        """With the first token, or without."""
+        return self.all_tokens if first_token else self.without_first
+
+
+@dataclass
+class Residual:
+    """The residual stream by depth. Index 0 is the embedding, index ℓ+1 what block ℓ leaves; updates are by block."""
+
+    norm: Curve = field(default_factory=Curve)
+    absmax: list[float] = field(default_factory=list)
+    absmax_channel: list[int] = field(default_factory=list)
+    update_absmax: list[float] = field(default_factory=list)
+
+
+@dataclass
+class GroupStats:
+    """One group's input, over all tokens. `gsr_weight` is a mean over output channels. `noise` by bits, if measured."""
+
+    block: int
+    group: str
+    gsr: float
+    gsr_p99: float
+    gsr_weight: float
+    absmax: float
+    spike_ratio: float
+    noise: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class TokenMap:
+    """Tokens that stand out, by depth: absmax of the residual, rows as in `Residual`, one column a token."""
+
+    tokens: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    absmax: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Observations:
+    """One sweep of one model. `coordinates`: raw, or the transform's name. `snr` is by bits (\"4\", \"8\")."""
+
+    coordinates: str
+    blocks: int
+    sequences: int
+    length: int
+    jump_ratio: Curve = field(default_factory=Curve)
+    snr: dict[str, Curve] = field(default_factory=dict)
+    residual: Residual = field(default_factory=Residual)
+    groups: list[GroupStats] = field(default_factory=list)
+    massive: list[Massive] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    token_map: TokenMap = field(default_factory=TokenMap)
+
+    def group(self, block: int, group: str) -> GroupStats:
+        """One group's numbers."""
+        return next(g for g in self.groups if (g.block, g.group) == (block, group))
+
+    def mean_gsr(self) -> float:
+        """GSR over all linear inputs."""
+        return sum(g.gsr for g in self.groups) / len(self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Observations":
+        """The inverse of `to_dict`."""
+        try:
+            rest = dict(values)
+            return cls(
+                jump_ratio=Curve(**rest.pop("jump_ratio")),
+                snr={bits: Curve(**curve) for bits, curve in rest.pop("snr").items()},
+                residual=Residual(**{**(r := rest.pop("residual")), "norm": Curve(**r["norm"])}),
+                groups=[GroupStats(**g) for g in rest.pop("groups")],
+                massive=[Massive(**m) for m in rest.pop("massive")],
+                phases=[
+                    Phase(**{**p, "tokens": tuple((str(t), int(n)) for t, n in p["tokens"])})
+                    for p in rest.pop("phases")
+                ],
+                token_map=TokenMap(**rest.pop("token_map")),
+                **rest,
+            )
+        except (KeyError, TypeError) as error:
+            raise PhaseQuantError(f"these are not observations of a PhaseQuant run ({error})") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Observations":
+        """From a file written by a run."""
+        return cls.from_dict(json.loads(text))

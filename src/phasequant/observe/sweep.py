@@ -1,0 +1,200 @@
+"""One streaming sweep over a model: every metric of this room, block by block, one block resident.
+
+Works on the raw model and on a transformed one alike, so that the same numbers are had before and after a transform:
+the residual of a rotated model is the rotated residual, and a linear's input is taken where its quantizer stands, after
+what runs online. Costs one forward of the calibration sequences (default 20 × 512 tokens, DynamicPTQ §4.7) plus, if
+`noise` is asked for, one block forward a group on the first sequences.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from phasequant.arch import ModelMap
+from phasequant.nn import QuantLinear
+from phasequant.numerics import QuantSpec
+from phasequant.observe.gsr import gsr
+from phasequant.observe.massive import Massive, massive, phases
+from phasequant.observe.noise import relative_noise
+from phasequant.observe.observations import Curve, GroupStats, Observations, TokenMap
+from phasequant.observe.residual import historical_snr, jump_ratio
+from phasequant.observe.spikes import spike_ratio, token_absmax
+from phasequant.stream import BlockStream, Step
+
+BITS = (4, 8)
+NOISE_SEQUENCES = 4
+MAP_TOKENS = 48
+MAP_SEQUENCES = 4
+
+
+def _mean(curve: Curve, values: Tensor) -> None:
+    """Append the means of `values` (sequences, T)."""
+    curve.all_tokens.append(float(values.mean()))
+    curve.without_first.append(float(values[:, 1:].mean()))
+
+
+class _Inputs:
+    """Hooks on a block's linears that keep, for each group, per-token statistics of what its quantizer sees."""
+
+    def __init__(self, block: nn.Module, model_map: ModelMap) -> None:
+        self.gsr: dict[str, list[Tensor]] = {g.name: [] for g in model_map.groups}
+        self.absmax: dict[str, list[Tensor]] = {g.name: [] for g in model_map.groups}
+        self._hooks = [
+            block.get_submodule(group.linears[0]).register_forward_pre_hook(self._keeper(group.name))
+            for group in model_map.groups
+        ]
+
+    def _keeper(self, group: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0][0]
+            if isinstance(module, QuantLinear):
+                x = module.prepare(x)
+            x = x.to(torch.float32)
+            self.gsr[group].append(gsr(x))
+            self.absmax[group].append(token_absmax(x))
+
+        return keep
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return linear.dense_weight() if isinstance(linear, QuantLinear) else linear.weight
+
+
+def _group_stats(step: Step, model_map: ModelMap, inputs: _Inputs) -> list[GroupStats]:
+    stats = []
+    for group in model_map.groups:
+        ratios = torch.stack(inputs.gsr[group.name])
+        absmax = torch.stack(inputs.absmax[group.name])
+        weights = [gsr(_weight(step.block.get_submodule(name)).to(torch.float32)) for name in group.linears]
+        stats.append(
+            GroupStats(
+                block=step.index,
+                group=group.name,
+                gsr=float(ratios.mean()),
+                gsr_p99=float(ratios.flatten().quantile(0.99)),
+                gsr_weight=float(torch.cat(weights).mean()),
+                absmax=float(absmax.max()),
+                spike_ratio=spike_ratio(absmax),
+            )
+        )
+    return stats
+
+
+@contextmanager
+def reading(block: nn.Module, linears: tuple[str, ...], spec: QuantSpec | None) -> Iterator[None]:
+    """Let some linears of a transformed block read their input on a grid, for a while."""
+    modules = [block.get_submodule(name) for name in linears]
+    before = [module.input_spec for module in modules]
+    try:
+        for module in modules:
+            module.input_spec = spec
+        yield
+    finally:
+        for module, kept in zip(modules, before, strict=True):
+            module.input_spec = kept
+
+
+def _measure_noise(step: Step, model_map: ModelMap, grids: dict[str, QuantSpec], stats: list[GroupStats]) -> None:
+    clean = [y for _, y in step.run(NOISE_SEQUENCES)]
+    for group, entry in zip(model_map.groups, stats, strict=True):
+        for name, spec in grids.items():
+            with reading(step.block, group.linears, spec):
+                noisy = [y for _, y in step.run(NOISE_SEQUENCES)]
+            values = [relative_noise(a, b) for a, b in zip(noisy, clean, strict=True)]
+            entry.noise[name] = float(torch.cat(values).median())
+
+
+class _TokenMaps:
+    """Absmax of the residual by depth, for the tokens of the first sequences that stand out most at any depth."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def add(self, hidden: list[Tensor]) -> None:
+        self.rows.append(torch.stack([token_absmax(h) for h in hidden[:MAP_SEQUENCES]]).cpu())
+
+    def result(self, tokens: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> TokenMap:
+        stacked = torch.stack(self.rows)  # (depth, sequences, T)
+        typical = stacked.flatten(1).median(-1).values.clamp(min=1e-20)
+        score = (stacked / typical[:, None, None]).amax(0)
+        best = score.flatten().topk(min(MAP_TOKENS, score.numel())).indices.sort().values
+        places = [(int(i) // score.shape[1], int(i) % score.shape[1]) for i in best]
+        return TokenMap(
+            tokens=[token_text(int(tokens[s, t]), tokenizer) for s, t in places],
+            places=places,
+            absmax=[[float(f"{stacked[d, s, t]:.4g}") for s, t in places] for d in range(len(self.rows))],
+        )
+
+
+def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A token as a person reads it."""
+    return str(token) if tokenizer is None else tokenizer.decode([token])
+
+
+@torch.no_grad()
+def sweep(
+    model: PreTrainedModel,
+    model_map: ModelMap,
+    tokens: Int[Tensor, "sequences T"],
+    *,
+    coordinates: str = "raw",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    noise: dict[str, QuantSpec] | None = None,
+    device: torch.device | None = None,
+) -> Observations:
+    """Observe a model on `tokens`. `noise`: grids (by name) whose effect is measured group by group; transformed models
+    only."""
+    stream = BlockStream(model, model_map, tokens, device)
+    found = Observations(coordinates, model_map.shape.blocks, tokens.shape[0], tokens.shape[1])
+    found.snr = {str(bits): Curve() for bits in BITS}
+    maps = _TokenMaps()
+
+    def depth(hidden: list[Tensor], block: int) -> None:
+        """Notes on the stream after `block` (-1: the embedding)."""
+        stacked = torch.stack(hidden).to(torch.float32)
+        _mean(found.residual.norm, stacked.norm(dim=-1))
+        peak = int(stacked.abs().argmax())
+        found.residual.absmax.append(float(stacked.flatten()[peak].abs()))
+        found.residual.absmax_channel.append(peak % stacked.shape[-1])
+        maps.add(hidden)
+        for sequence, h in enumerate(stacked):
+            for position, channel in massive(h).nonzero().tolist():
+                text = token_text(int(tokens[sequence, position]), tokenizer)
+                value = float(h[position, channel])
+                found.massive.append(Massive(block, sequence, position, text, channel, value))
+
+    depth(stream.hidden, -1)
+    for step in stream.steps(f"observe ({coordinates})"):
+        inputs = _Inputs(step.block, model_map)
+        ratios, largest = [], 0.0
+        noise_ratios: dict[int, list[Tensor]] = {bits: [] for bits in BITS}
+        for x, y in step.run():
+            x, update = x.to(torch.float32), (y - x).to(torch.float32)
+            ratios.append(jump_ratio(x, update))
+            for bits in BITS:
+                noise_ratios[bits].append(historical_snr(x, update, bits))
+            largest = max(largest, float(update.abs().max()))
+        inputs.close()
+        _mean(found.jump_ratio, torch.stack(ratios))
+        for bits in BITS:
+            _mean(found.snr[str(bits)], torch.stack(noise_ratios[bits]))
+        found.residual.update_absmax.append(largest)
+        stats = _group_stats(step, model_map, inputs)
+        if noise:
+            _measure_noise(step, model_map, noise, stats)
+        found.groups += stats
+        assert step.outputs is not None
+        depth(step.outputs, step.index)
+    found.phases = phases(found.massive)
+    found.token_map = maps.result(tokens, tokenizer)
+    return found

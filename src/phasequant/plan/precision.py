@@ -1,0 +1,138 @@
+"""`PrecisionPlan`: which group of which block reads how many bits, and why.
+
+One grid for all (`low`), and the groups that are raised above it, each with its reason. Plans are JSON, made to be read
+and edited: delete a line of `raised` and that group reads the low grid again; give the file back with `--plan`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from phasequant.arch import GROUPS, ModelMap
+from phasequant.errors import PhaseQuantError, did_you_mean
+from phasequant.nn import Activations
+from phasequant.numerics import QuantSpec
+
+Place = tuple[int, str]
+KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised")
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The grid of a raised group (None: 16 bits) and the reason."""
+
+    spec: QuantSpec | None
+    why: str
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Weights, KV, and every group's activations of one model. None means 16 bits."""
+
+    policy: str
+    model: ModelMap
+    weights: QuantSpec | None = None
+    kv: QuantSpec | None = None
+    low: QuantSpec | None = None
+    raised: Mapping[Place, Raised] = field(default_factory=dict)
+
+    def spec(self, block: int, group: str) -> QuantSpec | None:
+        """The grid that a group reads."""
+        entry = self.raised.get((block, group))
+        return entry.spec if entry is not None else self.low
+
+    @property
+    def activations(self) -> Activations:
+        """Every group's grid."""
+        return {(block, group): self.spec(block, group) for block in self.model.blocks for group in GROUPS}
+
+    @property
+    def a8_share(self) -> float:
+        """The fraction of all linear multiply-adds inside the blocks whose activations are read in 8 bits."""
+        eight = sum(
+            self.model.macs(group)
+            for (_, group), spec in self.activations.items()
+            if spec is not None and spec.bits == 8
+        )
+        return eight / self.model.macs_total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "policy": self.policy,
+            "model": {"fingerprint": self.model.fingerprint(), **self.model.describe()},
+            "a8_share": round(self.a8_share, 6),
+            "weights": self.weights and self.weights.to_dict(),
+            "kv": self.kv and self.kv.to_dict(),
+            "low": self.low and self.low.to_dict(),
+            "raised": {
+                f"{block}.{group}": {**(entry.spec.to_dict() if entry.spec else {"bits": 16}), "why": entry.why}
+                for (block, group), entry in sorted(self.raised.items(), key=lambda i: (i[0][0], GROUPS.index(i[0][1])))
+            },
+        }
+
+    def to_json(self) -> str:
+        """For a file."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Any, model_map: ModelMap) -> "PrecisionPlan":
+        """Checked against the model; every problem is a `PhaseQuantError`."""
+        if not isinstance(values, dict):
+            raise PhaseQuantError("a plan is a JSON object: write one with `phasequant analyze` and edit it")
+        for key in values:
+            if key not in KEYS:
+                raise PhaseQuantError(f"unknown key '{key}' in the plan: {did_you_mean(key, KEYS)}")
+        missing = [key for key in ("model", "low", "raised") if key not in values]
+        if missing:
+            raise PhaseQuantError(f"the plan lacks '{missing[0]}': write one with `phasequant analyze` and edit it")
+        made_for = values["model"] if isinstance(values["model"], dict) else {}
+        if made_for.get("fingerprint") != model_map.fingerprint():
+            here = model_map.describe()
+            raise PhaseQuantError(
+                f"the plan is for another model ({made_for.get('family')} with {made_for.get('blocks')} blocks of width "
+                f"{made_for.get('d_model')}; this is {here['family']} with {here['blocks']} of {here['d_model']}): "
+                "make one with `phasequant analyze` on this model"
+            )
+        low = _spec(values["low"], "low")
+        raised: dict[Place, Raised] = {}
+        for name, entry in (values["raised"] or {}).items():
+            block, _, group = str(name).partition(".")
+            if group not in GROUPS or not block.isdecimal() or int(block) not in model_map.blocks:
+                raise PhaseQuantError(
+                    f"the plan raises '{name}', which this model does not have: places are BLOCK.GROUP with blocks "
+                    f"0 to {model_map.shape.blocks - 1} and groups {', '.join(GROUPS)}"
+                )
+            if not isinstance(entry, dict):
+                raise PhaseQuantError(f"the plan's entry for '{name}' must be an object such as {{\"bits\": 8}}")
+            own = dict(entry)
+            why = str(own.pop("why", "set by hand"))
+            base = {**(low.to_dict() if low else {}), "clip": 1.0}
+            raised[int(block), group] = Raised(_spec({**base, **own}, name), why)
+        return cls(
+            str(values.get("policy", "by hand")),
+            model_map,
+            _spec(values.get("weights"), "weights"),
+            _spec(values.get("kv"), "kv"),
+            low,
+            raised,
+        )
+
+    @classmethod
+    def from_json(cls, text: str, model_map: ModelMap) -> "PrecisionPlan":
+        """From a file's text."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise PhaseQuantError(f"the plan is not valid JSON ({error})") from error
+        return cls.from_dict(values, model_map)
+
+
+def _spec(values: Any, place: str) -> QuantSpec | None:
+    if values is None or (isinstance(values, dict) and values.get("bits") == 16):
+        return None
+    try:
+        return QuantSpec.from_dict(values)
+    except (PhaseQuantError, TypeError, ValueError, AttributeError) as error:
+        raise PhaseQuantError(f"the plan's grid at '{place}' is not valid: {error}") from error

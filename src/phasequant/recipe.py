@@ -1,0 +1,316 @@
+"""A recipe says what is wanted: one frozen, validated description of a run.
+
+    YAML ⇄ Recipe ⇄ Python       without loss; unknown keys are errors with the nearest right name
+
+A YAML file may start from presets or small parts with `compose: [a, b]` (one level: what it composes may not compose
+further); later ones win over earlier ones, the file's own keys over all, and `--set a.b=c` over the file. `phasequant
+recipes NAME` prints the whole of one, with a comment on every key: the descriptions below are that documentation.
+"""
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from phasequant.errors import PhaseQuantError, did_you_mean
+from phasequant.numerics import QuantSpec
+
+Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class TransformPart(_Part):
+    """Making activations flat."""
+
+    method: Literal["none", "quarot"] = Field("none", description="which rotations: none; quarot (fixed Hadamard)")
+
+
+class WeightsPart(_Part):
+    """Weights of the linears inside the blocks."""
+
+    method: Literal["rtn"] = Field("rtn", description="how codes are chosen: rtn (round to nearest)")
+    bits: Bits = Field(16, description="2 to 8, or 16: not quantized")
+    granularity: Literal["channel", "group"] = Field("channel", description="one scale per output channel, or per group")
+    group_size: int | None = Field(None, description="inputs that share a scale, with granularity group (32, 64, 128)")
+    symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
+    clip: Literal["none", "mse"] | Fraction = Field("mse", description="none; mse: searched per scale; or a fraction")
+
+    @model_validator(mode="after")
+    def _group_size_fits(self) -> "WeightsPart":
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("weights.group_size goes with weights.granularity=group, and only with it")
+        return self
+
+    def spec(self) -> QuantSpec | None:
+        """The grid; None at 16 bits."""
+        if self.bits == 16:
+            return None
+        clip = 1.0 if self.clip == "none" else self.clip
+        return QuantSpec(self.bits, self.symmetric, self.granularity, self.group_size, clip)
+
+
+class ActivationsPart(_Part):
+    """What every linear inside the blocks reads."""
+
+    bits: Bits = Field(16, description="2 to 8, or 16: not quantized; a policy may raise groups above this")
+    granularity: Literal["token", "tensor"] = Field("token", description="one dynamic scale per token, or per call")
+    symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
+    clip: Fraction = Field(1.0, description="largest magnitude kept, as a fraction of the largest present")
+
+    def spec(self) -> QuantSpec | None:
+        """The grid; None at 16 bits."""
+        if self.bits == 16:
+            return None
+        return QuantSpec(self.bits, self.symmetric, self.granularity, None, self.clip)
+
+
+class KvPart(_Part):
+    """The KV cache."""
+
+    bits: Bits = Field(16, description="2 to 8, or 16: not quantized")
+    symmetric: bool = Field(False, description="codes around zero; false: with a zero point")
+    group_size: int | None = Field(None, description="channels that share a scale; null: the head size (per token, head)")
+    clip: Fraction = Field(1.0, description="largest magnitude kept, as a fraction of the largest present")
+
+    def spec(self, d_head: int) -> QuantSpec | None:
+        """The grid for heads of `d_head` channels; None at 16 bits."""
+        if self.bits == 16:
+            return None
+        size = self.group_size or d_head
+        if d_head % size:
+            raise PhaseQuantError(f"kv.group_size {size} does not divide the head size {d_head}: choose a divisor of it")
+        return QuantSpec(self.bits, self.symmetric, "group", size, self.clip)
+
+
+class PolicyPart(_Part):
+    """Which groups read more bits than `activations.bits`."""
+
+    name: Literal["uniform", "paper", "threshold", "budget"] = Field(
+        "uniform",
+        description="uniform: none; paper: DynamicPTQ's blocks 0, 1, 2 and the last; threshold: Jump Ratio and "
+        "Historical SNR; budget: where 4 bits add most noise, within a8_share",
+    )
+    bits: Literal[5, 6, 7, 8, 16] = Field(8, description="what raised groups read")
+    clip: Fraction = Field(1.0, description="clip of raised groups, which have codes to spare for the largest values")
+    a8_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.125, description="budget: largest share of the linear multiply-adds that may be raised"
+    )
+    tau_jr: float | None = Field(None, description="threshold: Jump Ratio above this; null: median + IQR of the blocks")
+    tau_snr: float | None = Field(None, description="threshold: SNR below this, dB; null: median - IQR of the blocks")
+    coordinates: Literal["transformed", "raw"] = Field(
+        "transformed", description="threshold: metrics of the transformed residual, or of the original one"
+    )
+    first_token: bool = Field(False, description="threshold: whether each sequence's first token counts in the means")
+
+
+class PrefixPart(_Part):
+    """Tokens whose keys and values stay in 16 bits before every sequence."""
+
+    method: Literal["none"] = Field("none", description="none (QFeP and PrefixQuant come in a later version)")
+
+
+class ExcludePart(_Part):
+    """Modules that are left unquantized."""
+
+    method: Literal["none"] = Field("none", description="none (QFeM comes in a later version)")
+
+
+class CalibrationPart(_Part):
+    """The text that metrics and plans are measured on; never the one that is evaluated."""
+
+    text: str = Field("builtin", description="builtin, a UTF-8 file, wikitext2, c4")
+    sequences: Annotated[int, Field(ge=1)] = Field(20, description="how many sequences, at most")
+    seqlen: Annotated[int, Field(ge=2)] = Field(512, description="tokens in each")
+
+
+class StoragePart(_Part):
+    """What is not quantized: embeddings, norms, head."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="their type in the checkpoint; auto: the source model's, bfloat16 if that is float32"
+    )
+
+
+class Recipe(_Part):
+    """The whole recipe. `Recipe()` quantizes nothing."""
+
+    transform: TransformPart = Field(TransformPart(), description="making activations flat")
+    weights: WeightsPart = Field(WeightsPart(), description="weights of the linears inside the blocks")
+    activations: ActivationsPart = Field(ActivationsPart(), description="what those linears read")
+    kv: KvPart = Field(KvPart(), description="the KV cache")
+    policy: PolicyPart = Field(PolicyPart(), description="which groups read more bits than activations.bits")
+    prefix: PrefixPart = Field(PrefixPart(), description="tokens kept in 16-bit KV before every sequence")
+    exclude: ExcludePart = Field(ExcludePart(), description="modules left unquantized")
+    calibration: CalibrationPart = Field(CalibrationPart(), description="text that metrics and plans are measured on")
+    storage: StoragePart = Field(StoragePart(), description="what is not quantized: embeddings, norms, head")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice (signs of rotations)")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Validated; every problem is a `PhaseQuantError` that names the key and the nearest right one."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise PhaseQuantError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+    @classmethod
+    def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
+        """A preset by name or a YAML file, with `a.b=c` overrides."""
+        values = _resolve(_read(str(name)))
+        for override in overrides:
+            _override(values, override)
+        return cls.from_dict(values)
+
+    def with_(self, *overrides: str, **parts: Mapping[str, Any]) -> "Recipe":
+        """A changed copy: `recipe.with_("weights.bits=8", kv={"bits": 16})`."""
+        values = self.model_dump()
+        for part, changes in parts.items():
+            _merge(values, {part: changes})
+        for override in overrides:
+            _override(values, override)
+        return self.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return self.model_dump()
+
+    def to_yaml(self) -> str:
+        """The whole recipe, with a comment above every key: meaning, type, default."""
+        return "\n".join(_commented(type(self), self.model_dump(), "")) + "\n"
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    arguments = get_args(annotation)
+    if not arguments:
+        return getattr(annotation, "__name__", str(annotation))
+    if "Literal" in str(annotation).split("[")[0]:
+        return " | ".join(str(a) for a in arguments)
+    if "Annotated" in str(type(annotation)):
+        return _type_name(arguments[0])
+    return " | ".join(_type_name(a) for a in arguments)
+
+
+def _commented(model: type[BaseModel], values: Mapping[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, info in model.model_fields.items():
+        value = values[name]
+        if isinstance(value, Mapping):
+            part = info.annotation
+            assert isinstance(part, type) and issubclass(part, BaseModel)
+            lines += ["", f"{indent}# {info.description}", f"{indent}{name}:"]
+            lines += _commented(part, value, indent + "  ")
+        else:
+            default = yaml.safe_dump(info.default, default_flow_style=True).splitlines()[0]
+            shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+            if not indent:
+                lines.append("")
+            lines.append(f"{indent}# {info.description} [{_type_name(info.annotation)}; default {default}]")
+            lines.append(f"{indent}{name}: {shown}")
+    return lines[1:] if not indent else lines
+
+
+def _explain(problem: Any) -> str:
+    place = [str(step) for step in problem["loc"]]
+    fields: Mapping[str, Any] = Recipe.model_fields
+    if len(place) > 1 and place[0] in fields:
+        fields = fields[place[0]].annotation.model_fields
+    path = ".".join(place[:2])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown recipe key '{path}': {did_you_mean(place[-1], fields)}"
+    given = problem.get("input")
+    if problem["type"] == "literal_error" and isinstance(given, str):
+        choices = [a for a in get_args(fields[place[1]].annotation) if isinstance(a, str)] if len(place) > 1 else []
+        if choices:
+            return f"recipe key '{path}' cannot be '{given}': {did_you_mean(given, choices)}"
+    return f"recipe key '{path}' cannot be {given!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+# --- presets -----------------------------------------------------------------------------------------------------
+
+
+def _shelf(folder: str) -> dict[str, str]:
+    root = resources.files("phasequant") / "recipes"
+    root = root / folder if folder else root
+    return {p.name.removesuffix(".yaml"): p.read_text() for p in root.iterdir() if p.name.endswith(".yaml")}
+
+
+def presets() -> dict[str, str]:
+    """Name → one line on every preset."""
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(_shelf("").items())}
+
+
+def parts() -> dict[str, str]:
+    """Name → one line on every part that recipes are composed of."""
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(_shelf("parts").items())}
+
+
+def _read(name: str) -> dict[str, Any]:
+    shelf = {**_shelf("parts"), **_shelf("")}
+    path = Path(name).expanduser()
+    if name in shelf:
+        text = shelf[name]
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PhaseQuantError(f"the recipe {name} cannot be read: {error}") from error
+    elif path.suffix in (".yaml", ".yml") or "/" in name:
+        raise PhaseQuantError(f"the recipe file '{name}' does not exist")
+    else:
+        raise PhaseQuantError(f"there is no recipe '{name}': {did_you_mean(name, _shelf(''))}; or give a YAML file")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PhaseQuantError(f"the recipe {name} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise PhaseQuantError(f"the recipe {name} must be a mapping of keys, not a {type(values).__name__}")
+    return values
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _resolve(values: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    """Apply `compose`: presets may compose parts, a user's file presets; no deeper."""
+    names = values.pop("compose", [])
+    if not isinstance(names, list):
+        raise PhaseQuantError("'compose' is a list of recipe names, as in compose: [w4, kv4]")
+    if names and depth > 1:
+        raise PhaseQuantError("recipes compose presets, and presets parts: no deeper")
+    merged: dict[str, Any] = {}
+    for name in names:
+        _merge(merged, _resolve(_read(str(name)), depth + 1))
+    _merge(merged, values)
+    return merged
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise PhaseQuantError(f"--set wants key=value, as in --set weights.bits=8, not '{text}'")
+    *parents, leaf = path.strip().split(".")
+    target = values
+    for parent in parents:
+        if not isinstance(target.setdefault(parent, {}), dict):
+            raise PhaseQuantError(f"--set {text}: '{parent}' is a value, not a part of the recipe")
+        target = target[parent]
+    try:
+        target[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise PhaseQuantError(f"--set {text}: the value is not valid YAML") from error

@@ -1,0 +1,207 @@
+"""MODEL, whatever it is, becomes a Transformers model and its tokenizer.
+
+MODEL is `demo`, a GGUF file, a Hugging Face directory, a PhaseQuant checkpoint, or a Hub id. Weights are dense after
+this (a PhaseQuant checkpoint keeps its packed codes). On a CPU everything is computed in float32; on a GPU in the
+model's own 16-bit type.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from phasequant.arch import ModelMap
+from phasequant.demo_model import demo_gguf
+from phasequant.errors import PhaseQuantError
+
+DEMO = "demo"
+
+
+@dataclass
+class Source:
+    """A model ready to be looked at: `name` is what the user typed, `quantized` whether it holds packed codes."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    map: ModelMap
+    quantized: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return next(self.model.parameters()).device
+
+
+@contextmanager
+def hushed_transformers() -> Iterator[None]:
+    """Transformers without its progress bars and advice, for the time of a load."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar ignores the switch above
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise PhaseQuantError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PhaseQuantError(f"the device '{name}' was asked for, but this torch sees no CUDA device")
+    return device
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a PhaseQuant checkpoint."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "phasequant"
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Refuse weights that hold NaN or infinity: every later number would be one too."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise PhaseQuantError(
+                f"the weight '{name}' holds {bad} values that are NaN or infinite: the model file is damaged, "
+                "or was saved in a type too small for it; get it again"
+            )
+
+
+def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+    try:  # since 5.17 a GGUF loads through a quantizer; older versions always dequantize
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as error:
+        raise PhaseQuantError(
+            f"the GGUF file {path} could not be loaded ({type(error).__name__}: {error}): it may be truncated, or of "
+            "an architecture that this transformers version does not read"
+        ) from error
+    # The weights are dense now; without this `save_pretrained` refuses.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    model.is_quantized = False
+    _restore_digits(path, tokenizer)
+    return model, tokenizer
+
+
+def _pre_tokenizer_rule(path: Path) -> str:
+    """The name a GGUF gives to its tokenizer's splitting rule."""
+    try:  # parses only what is asked for: 0.1 s instead of 4
+        from transformers.integrations.gguf.reader import read_gguf_metadata
+
+        metadata, _ = read_gguf_metadata(str(path))
+        return str(metadata.get("tokenizer.ggml.pre"))
+    except (ImportError, TypeError, ValueError):
+        import gguf
+
+        field = gguf.GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
+        return str(field.contents()) if field is not None else ""
+
+
+def _restore_digits(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """SmolLM's tokenizer splits numbers into digits; the GGUF only names the rule, and Transformers does not apply it."""
+    from tokenizers import pre_tokenizers
+
+    if _pre_tokenizer_rule(path) == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+
+
+def _load_dense(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise PhaseQuantError(
+            f"the model '{name}' could not be found ({_first_line(error)}): give a Hugging Face directory, a Hub id, "
+            f"a GGUF file, a PhaseQuant checkpoint, or '{DEMO}'"
+        ) from error
+    ModelMap.from_config(config)  # refuse what is not supported before reading its weights
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method", "unknown")
+        raise PhaseQuantError(f"the model '{name}' is already quantized (by '{method}'): start from its 16-bit original")
+    dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise PhaseQuantError(
+            f"the model '{name}' could not be loaded ({_first_line(error)}): a file may be missing or cut short"
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise PhaseQuantError(
+            f"the model '{name}' lacks {len(missing)} weights ('{missing[0]}' …): they would be random; "
+            "get its files again"
+        )
+    return model, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def open_model(name: str | Path, device: str = "auto") -> Source:
+    """Load MODEL onto `device`; every failure is a `PhaseQuantError` that says what to do."""
+    name = str(name)
+    where = pick_device(device)
+    path = Path(name).expanduser()
+    if path.is_dir() and is_checkpoint(path):
+        from phasequant.checkpoint import load  # the one arrow upwards: MODEL may be our own checkpoint
+
+        model = load(path, device=device)
+        with hushed_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        return Source(name, model, tokenizer, ModelMap.from_config(model.config), quantized=True)
+    if path.exists() and path.is_dir() and not (path / "config.json").is_file():
+        raise PhaseQuantError(f"the directory {path} has no config.json: it is not a Hugging Face model")
+    with hushed_transformers():
+        if name == DEMO:
+            model, tokenizer = _load_gguf(demo_gguf())
+        elif path.is_file():
+            if path.suffix.lower() != ".gguf":
+                raise PhaseQuantError(f"the file {path} is not a GGUF file: give a .gguf or a model directory")
+            model, tokenizer = _load_gguf(path)
+        elif name.endswith(".gguf") or name.startswith((".", "/", "~")):
+            raise PhaseQuantError(f"the model '{name}' does not exist: give a path that does, a Hub id, or '{DEMO}'")
+        else:
+            model, tokenizer = _load_dense(name, where)
+    model_map = ModelMap.from_config(model.config)
+    model_map.check(model)
+    check_finite(model)
+    return Source(name, model.eval().requires_grad_(False).to(where), tokenizer, model_map)

@@ -1,0 +1,150 @@
+"""The decoder, run block by block over a set of sequences: one block on the device at a time.
+
+A first pass replaces every block by a catcher that notes the arguments it is called with and hands the hidden states
+on; so each block is later called exactly as the model would (position embeddings, its own mask for sliding windows)
+without a line of model code of ours. Then the blocks run one after the other, each over all sequences, while the
+hidden states wait in host memory: sequences × length × width × 4 bytes, whatever the depth.
+
+Everything that needs activations stands on this. A consumer takes a `Step`, hooks what it wants on `step.block`, and
+iterates `step.run()`; it may run a block several times (statistics, then the changed block) before going on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from phasequant.arch import ModelMap
+from phasequant.console import progress
+
+
+class _Catcher(nn.Module):
+    """Stands in for a block during capture; other attributes are the block's own."""
+
+    def __init__(self, block: nn.Module, calls: dict[int, dict[str, Any]], index: int) -> None:
+        super().__init__()
+        self.block = block
+        self.calls = calls
+        self.index = index
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert not args, "decoder blocks are called with keyword arguments"
+        self.calls[self.index] = kwargs
+        return hidden_states
+
+
+class _Captured(Exception):
+    """Raised once all blocks were reached: the final norm and head need not run."""
+
+
+@contextmanager
+def _resident(block: nn.Module, device: torch.device) -> Iterator[None]:
+    home = next(block.parameters()).device
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to(home)
+
+
+class Step:
+    """One decoder block, resident, with the inputs of every sequence."""
+
+    def __init__(self, index: int, block: nn.Module, stream: "BlockStream") -> None:
+        self.index = index
+        self.block = block
+        self._stream = stream
+        self.outputs: list[Tensor] | None = None
+
+    def run(self, most: int | None = None) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
+        """(x, y) for the first `most` sequences (all, if None), on the device; a full run also sets what the next block
+        reads."""
+        outputs = []
+        for hidden in self._stream.hidden[:most]:
+            x = hidden.to(self._stream.device)
+            with torch.no_grad():
+                y = self.block(x[None], **self._stream.arguments[self.index])
+            y = (y[0] if isinstance(y, tuple) else y)[0]
+            outputs.append(y.to(hidden.device))
+            yield x, y
+        if len(outputs) == len(self._stream.hidden):
+            self.outputs = outputs
+
+
+class BlockStream:
+    """Iterates the blocks of `model` over `tokens`; see the module's docstring."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        model_map: ModelMap,
+        tokens: Int[Tensor, "sequences T"],
+        device: torch.device | None = None,
+    ) -> None:
+        self.model = model
+        self.map = model_map
+        self.device = device or next(model.parameters()).device
+        self._blocks: nn.ModuleList = model.get_submodule(model_map.family.blocks)
+        self.hidden: list[Tensor] = []
+        self.arguments: dict[int, dict[str, Any]] = {}
+        self._capture(tokens)
+
+    @torch.no_grad()
+    def _capture(self, tokens: Tensor) -> None:
+        decoder = self.model.get_submodule(self.map.family.decoder)
+        blocks = list(self._blocks)
+        norm = self.model.get_submodule(self.map.family.final_norm)
+        home = next(self.model.parameters()).device
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.hidden.append(args[0][0].to("cpu"))
+            raise _Captured
+
+        hook = norm.register_forward_pre_hook(stop)
+        try:
+            for index, block in enumerate(blocks):
+                self._blocks[index] = _Catcher(block, self.arguments, index)
+            for row in tokens:
+                try:
+                    decoder(input_ids=row[None].to(home), use_cache=False)
+                except _Captured:
+                    pass
+        finally:
+            hook.remove()
+            for index, block in enumerate(blocks):
+                self._blocks[index] = block
+        self.arguments = {i: _moved(kwargs, self.device) for i, kwargs in self.arguments.items()}
+
+    def steps(self, title: str) -> Iterator[Step]:
+        """Every block in order, shown as progress. A block that the consumer did not run to the end runs here."""
+        with progress(title, len(self._blocks)) as tick:
+            for index, block in enumerate(self._blocks):
+                step = Step(index, block, self)
+                with _resident(block, self.device):
+                    yield step
+                    if step.outputs is None:
+                        for _ in step.run():
+                            pass
+                assert step.outputs is not None
+                self.hidden = step.outputs
+                tick()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(item, device) for item in value)
+    return value

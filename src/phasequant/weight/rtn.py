@@ -1,0 +1,31 @@
+"""Round to nearest: each weight goes to the nearest code of its channel's or group's grid.
+
+No data is looked at. With `clip: mse` the grid itself is searched (numerics.integer); on rotated weights, which are
+close to Gaussian, that is worth a lot: SmolLM2 W4A16 148 → 55.9 perplexity in a prototype. Costs 80 roundings of every
+weight, seconds for 100 M.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from phasequant.numerics import QuantSpec, quantize
+
+ROWS_AT_ONCE = 2**22  # values: keeps the search's temporaries in cache-friendly pieces
+
+
+class WeightCodes(NamedTuple):
+    """Codes (O, I) with scales and zero points (O, G)."""
+
+    codes: Int[Tensor, "O I"]
+    scale: Float[Tensor, "O G"]
+    zero: Float[Tensor, "O G"]
+
+
+def round_to_nearest(weight: Float[Tensor, "O I"], spec: QuantSpec) -> WeightCodes:
+    """Codes of one weight matrix; rows are independent and taken a few at a time."""
+    rows = max(1, ROWS_AT_ONCE // weight.shape[1])
+    pieces = [quantize(part, spec) for part in weight.to(torch.float32).split(rows)]
+    return WeightCodes(*(torch.cat(column) for column in zip(*pieces, strict=True)))
