@@ -86,7 +86,9 @@ def progress(title: str, total: int) -> Iterator[Ticker]:
         if now - last >= PLAIN_EVERY_S and 0 < done < total:
             last = now
             eta = (now - start) / done * (total - done)
-            print(f"{title}: {done}/{total}, {_clock(now - start)} gone, ETA {_clock(eta)}", file=sys.stderr, flush=True)
+            print(
+                f"{title}: {done}/{total}, {_clock(now - start)} gone, ETA {_clock(eta)}", file=sys.stderr, flush=True
+            )
 
     yield tick
     if done:

@@ -37,7 +37,9 @@ class WeightsPart(_Part):
 
     method: Literal["rtn"] = Field("rtn", description="how codes are chosen: rtn (round to nearest)")
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized")
-    granularity: Literal["channel", "group"] = Field("channel", description="one scale per output channel, or per group")
+    granularity: Literal["channel", "group"] = Field(
+        "channel", description="one scale per output channel, or per group"
+    )
     group_size: int | None = Field(None, description="inputs that share a scale, with granularity group (32, 64, 128)")
     symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
     clip: Literal["none", "mse"] | Fraction = Field("mse", description="none; mse: searched per scale; or a fraction")
@@ -76,7 +78,9 @@ class KvPart(_Part):
 
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized")
     symmetric: bool = Field(False, description="codes around zero; false: with a zero point")
-    group_size: int | None = Field(None, description="channels that share a scale; null: the head size (per token, head)")
+    group_size: int | None = Field(
+        None, description="channels that share a scale; null: the head size (per token, head)"
+    )
     clip: Fraction = Field(1.0, description="largest magnitude kept, as a fraction of the largest present")
 
     def spec(self, d_head: int) -> QuantSpec | None:
@@ -85,7 +89,9 @@ class KvPart(_Part):
             return None
         size = self.group_size or d_head
         if d_head % size:
-            raise PhaseQuantError(f"kv.group_size {size} does not divide the head size {d_head}: choose a divisor of it")
+            raise PhaseQuantError(
+                f"kv.group_size {size} does not divide the head size {d_head}: choose a divisor of it"
+            )
         return QuantSpec(self.bits, self.symmetric, "group", size, self.clip)
 
 

@@ -153,7 +153,9 @@ def _load_dense(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTr
     ModelMap.from_config(config)  # refuse what is not supported before reading its weights
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unknown")
-        raise PhaseQuantError(f"the model '{name}' is already quantized (by '{method}'): start from its 16-bit original")
+        raise PhaseQuantError(
+            f"the model '{name}' is already quantized (by '{method}'): start from its 16-bit original"
+        )
     dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)

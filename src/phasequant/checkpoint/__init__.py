@@ -1,7 +1,18 @@
 """Checkpoints: native save and load, the manifest, and the Transformers quantizer."""
 
+from phasequant.checkpoint import manifest
 from phasequant.checkpoint.folder import check_target, new_folder
 from phasequant.checkpoint.hf import mark_quantized, register
 from phasequant.checkpoint.native import load, read_plan, save, versions
 
-__all__ = ["check_target", "load", "mark_quantized", "new_folder", "read_plan", "register", "save", "versions"]
+__all__ = [
+    "check_target",
+    "load",
+    "manifest",
+    "mark_quantized",
+    "new_folder",
+    "read_plan",
+    "register",
+    "save",
+    "versions",
+]

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from phasequant.arch import ModelMap
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import ModelLayout, lay_out
+from phasequant.nn import ModelLayout, lay_out, quant_linears
 
 METHOD = "phasequant"
 FORMAT = 1
@@ -54,6 +54,11 @@ class PhaseQuantQuantizer(HfQuantizer):
         model_map = ModelMap.from_config(model.config)
         layout = ModelLayout.from_dict(self.quantization_config.layout, model_map)
         lay_out(model, model_map, layout, kwargs.get("dtype") or torch.float32)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in quant_linears(model):
+            module.check(name)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

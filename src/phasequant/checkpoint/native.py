@@ -1,10 +1,10 @@
 """Saving and loading PhaseQuant's own checkpoints.
 
-    config.json            the architecture, with quantization_config.quant_method = "phasequant"
-    model*.safetensors     packed codes, scales, online factors, KV factors; embeddings, norms and head in 16 bits
-    tokenizer …            the source's
-    recipe.yaml, plan.json what was asked for, and which group reads which bits, and why
-    manifest.json          source, versions, calibration, and the hash of every file above
+config.json            the architecture, with quantization_config.quant_method = "phasequant"
+model*.safetensors     packed codes, scales, online factors, KV factors; embeddings, norms and head in 16 bits
+tokenizer …            the source's
+recipe.yaml, plan.json what was asked for, and which group reads which bits, and why
+manifest.json          source, versions, calibration, and the hash of every file above
 """
 
 import json

@@ -92,7 +92,9 @@ def score(
                 with _open(candidate) as model:
                     logits = _logits(model, chunk)
                 if not torch.isfinite(logits).all():
-                    raise PhaseQuantError(f"'{name}' produced NaN or infinite logits: its weights or scales are damaged")
+                    raise PhaseQuantError(
+                        f"'{name}' produced NaN or infinite logits: its weights or scales are damaged"
+                    )
                 nlls[name].append(nll(logits, chunk))
                 if reference is not None:
                     kls[name].append(kl_divergence(reference, logits))

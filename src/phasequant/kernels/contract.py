@@ -6,7 +6,7 @@ raises with every reason. Nothing falls back in silence: the chosen kernel's nam
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class LinearTensors:
     bias: Tensor | None = None
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """One way to compute a linear."""
 

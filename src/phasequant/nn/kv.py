@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
@@ -33,7 +33,7 @@ class PackedStates:
 
     codes: UInt8[Tensor, "B K T bytes"]
     scale: Float[Tensor, "B K T G"]
-    zero: Int[Tensor, "B K T G"]
+    zero: Integer[Tensor, "B K T G"]
 
     @property
     def length(self) -> int:

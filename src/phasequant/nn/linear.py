@@ -10,9 +10,10 @@ does not know this package finds nothing it could mistake for a plain linear.
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
+from phasequant.errors import PhaseQuantError
 from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight
 from phasequant.nn.online import OnlineRotation
 from phasequant.numerics import QuantSpec, pack, packed_width
@@ -79,7 +80,9 @@ class QuantLinear(nn.Module):
             module.bias = nn.Parameter(bias, requires_grad=False)
         return module
 
-    def set_codes(self, codes: Tensor, scale: Float[Tensor, "O G"], zero: Float[Tensor, "O G"], spec: QuantSpec) -> None:
+    def set_codes(
+        self, codes: Tensor, scale: Float[Tensor, "O G"], zero: Float[Tensor, "O G"], spec: QuantSpec
+    ) -> None:
         """Replace the dense weights by codes."""
         device = scale.device
         self.weight_spec = spec
@@ -89,6 +92,21 @@ class QuantLinear(nn.Module):
         self.weight_scale = scale.to(torch.float32)
         if not spec.symmetric:
             self.weight_zero = zero.to(torch.uint8)
+
+    def check(self, name: str) -> None:
+        """Raise where a tensor does not have the shape that the spec promises: a loader may not look."""
+        expected: dict[str, tuple[int, ...]] = {"weight_dense": (self.out_features, self.in_features)}
+        if self.weight_spec is not None:
+            scales = (self.out_features, self.weight_spec.groups(self.in_features))
+            packed = (self.out_features, packed_width(self.in_features, self.weight_spec))
+            expected = {"weight_packed": packed, "weight_scale": scales, "weight_zero": scales}
+        for key, shape in expected.items():
+            tensor = getattr(self, key)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise PhaseQuantError(
+                    f"'{name}.{key}' has shape {tuple(tensor.shape)}, and its config says {shape}: "
+                    "config and weights are not of one checkpoint; get it again"
+                )
 
     @property
     def spec(self) -> LinearSpec:

@@ -14,7 +14,7 @@ Source: QuaRot (arXiv 2404.00456), `quant_utils.py`; the clip search below is th
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from phasequant.numerics.spec import QuantSpec
@@ -77,7 +77,7 @@ def round_to_codes(
     scale: Float[Tensor, "*shared G"],
     zero: Float[Tensor, "*shared G"],
     spec: QuantSpec,
-) -> Int[Tensor, "*rows width"]:
+) -> Integer[Tensor, "*rows width"]:
     """Codes of `x` on a given grid: int8 where symmetric, uint8 where not."""
     codes = _round_to_grid(to_groups(x, spec), scale[..., None], zero[..., None], spec)
     return codes.reshape(x.shape).to(torch.int8 if spec.symmetric else torch.uint8)
@@ -85,14 +85,14 @@ def round_to_codes(
 
 def quantize(
     x: Float[Tensor, "*rows width"], spec: QuantSpec
-) -> tuple[Int[Tensor, "*rows width"], Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
+) -> tuple[Integer[Tensor, "*rows width"], Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
     """Codes, scales and zero points of `x`."""
     scale, zero = grid(x, spec)
     return round_to_codes(x, scale, zero, spec), scale, zero
 
 
 def dequantize(
-    codes: Int[Tensor, "*rows width"],
+    codes: Integer[Tensor, "*rows width"],
     scale: Float[Tensor, "*shared G"],
     zero: Float[Tensor, "*shared G"],
     spec: QuantSpec,

@@ -6,7 +6,7 @@ to 4 bits are packed; 5 to 8 bits take a byte a code.
 """
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 from torch import Tensor
 
 from phasequant.numerics.spec import QuantSpec
@@ -19,7 +19,7 @@ def packed_width(width: int, spec: QuantSpec) -> int:
     return (width + 1) // 2 if spec.bits <= 4 else width
 
 
-def pack(codes: Int[Tensor, "*rows width"], spec: QuantSpec) -> UInt8[Tensor, "*rows bytes"]:
+def pack(codes: Integer[Tensor, "*rows width"], spec: QuantSpec) -> UInt8[Tensor, "*rows bytes"]:
     """Codes to bytes."""
     if spec.bits > 4:
         return codes.to(torch.int16).add(128 if spec.symmetric else 0).to(torch.uint8)
@@ -29,7 +29,7 @@ def pack(codes: Int[Tensor, "*rows width"], spec: QuantSpec) -> UInt8[Tensor, "*
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
-def unpack(packed: UInt8[Tensor, "*rows bytes"], width: int, spec: QuantSpec) -> Int[Tensor, "*rows width"]:
+def unpack(packed: UInt8[Tensor, "*rows bytes"], width: int, spec: QuantSpec) -> Integer[Tensor, "*rows width"]:
     """Bytes to codes: int8 where symmetric, uint8 where not; the inverse of `pack`."""
     if spec.bits > 4:
         return packed if not spec.symmetric else (packed ^ 128).view(torch.int8)

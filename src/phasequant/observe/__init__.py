@@ -1,7 +1,7 @@
 """Metrics of a sweep: Jump Ratio, Historical Feature SNR, GSR, massive activations, token spikes, injected noise."""
 
 from phasequant.observe.gsr import gsr
-from phasequant.observe.massive import Massive, Phase, massive, phases
+from phasequant.observe.massive import Outlier, Phase, outstanding, phases
 from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, TokenMap
 from phasequant.observe.residual import analysis_quantize, historical_snr, jump_ratio
 from phasequant.observe.spikes import spike_ratio, token_absmax
@@ -10,7 +10,7 @@ from phasequant.observe.sweep import sweep
 __all__ = [
     "Curve",
     "GroupStats",
-    "Massive",
+    "Outlier",
     "Observations",
     "Phase",
     "Residual",
@@ -19,7 +19,7 @@ __all__ = [
     "gsr",
     "historical_snr",
     "jump_ratio",
-    "massive",
+    "outstanding",
     "phases",
     "spike_ratio",
     "sweep",

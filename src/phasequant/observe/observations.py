@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from phasequant.errors import PhaseQuantError
-from phasequant.observe.massive import Massive, Phase
+from phasequant.observe.massive import Outlier, Phase
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Observations:
     snr: dict[str, Curve] = field(default_factory=dict)
     residual: Residual = field(default_factory=Residual)
     groups: list[GroupStats] = field(default_factory=list)
-    massive: list[Massive] = field(default_factory=list)
+    outliers: list[Outlier] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     token_map: TokenMap = field(default_factory=TokenMap)
 
@@ -93,7 +93,7 @@ class Observations:
                 snr={bits: Curve(**curve) for bits, curve in rest.pop("snr").items()},
                 residual=Residual(**{**(r := rest.pop("residual")), "norm": Curve(**r["norm"])}),
                 groups=[GroupStats(**g) for g in rest.pop("groups")],
-                massive=[Massive(**m) for m in rest.pop("massive")],
+                outliers=[Outlier(**m) for m in rest.pop("outliers")],
                 phases=[
                     Phase(**{**p, "tokens": tuple((str(t), int(n)) for t, n in p["tokens"])})
                     for p in rest.pop("phases")

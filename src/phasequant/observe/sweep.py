@@ -19,7 +19,7 @@ from phasequant.arch import ModelMap
 from phasequant.nn import QuantLinear
 from phasequant.numerics import QuantSpec
 from phasequant.observe.gsr import gsr
-from phasequant.observe.massive import Massive, massive, phases
+from phasequant.observe.massive import LARGE, Outlier, outstanding, phases
 from phasequant.observe.noise import relative_noise
 from phasequant.observe.observations import Curve, GroupStats, Observations, TokenMap
 from phasequant.observe.residual import historical_snr, jump_ratio
@@ -168,10 +168,12 @@ def sweep(
         found.residual.absmax_channel.append(peak % stacked.shape[-1])
         maps.add(hidden)
         for sequence, h in enumerate(stacked):
-            for position, channel in massive(h).nonzero().tolist():
+            median = float(h.abs().median())
+            for position, channel in outstanding(h, LARGE).nonzero().tolist():
                 text = token_text(int(tokens[sequence, position]), tokenizer)
                 value = float(h[position, channel])
-                found.massive.append(Massive(block, sequence, position, text, channel, value))
+                times = round(abs(value) / median, 1)
+                found.outliers.append(Outlier(block, sequence, position, text, channel, value, times))
 
     depth(stream.hidden, -1)
     for step in stream.steps(f"observe ({coordinates})"):
@@ -195,6 +197,6 @@ def sweep(
         found.groups += stats
         assert step.outputs is not None
         depth(step.outputs, step.index)
-    found.phases = phases(found.massive)
+    found.phases = phases(found.outliers)
     found.token_map = maps.result(tokens, tokenizer)
     return found

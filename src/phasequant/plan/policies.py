@@ -48,7 +48,7 @@ def paper(policy: PolicyPart, model_map: ModelMap, seen: Seen | None) -> dict[Pl
     """DynamicPTQ's blocks."""
     last = model_map.shape.blocks - 1
     chosen = sorted({b for b in (0, 1, 2, last) if b <= last and b >= 0})
-    return _whole_blocks({b: f"DynamicPTQ's fixed set {{0, 1, 2, {last}}}" for b in chosen})
+    return _whole_blocks(dict.fromkeys(chosen, f"DynamicPTQ's fixed set {{0, 1, 2, {last}}}"))
 
 
 def thresholds(policy: PolicyPart, observations: Observations) -> tuple[float, float]:

@@ -8,7 +8,7 @@ weight, seconds for 100 M.
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from phasequant.numerics import QuantSpec, quantize
@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 2**22  # values: keeps the search's temporaries in cache-friendly
 class WeightCodes(NamedTuple):
     """Codes (O, I) with scales and zero points (O, G)."""
 
-    codes: Int[Tensor, "O I"]
+    codes: Integer[Tensor, "O I"]
     scale: Float[Tensor, "O G"]
     zero: Float[Tensor, "O G"]
 

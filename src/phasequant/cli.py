@@ -1,0 +1,304 @@
+"""The command line. Answers go to stdout, progress and warnings to stderr; `--json` makes the last line of stdout one
+JSON object. Anything the user can mend ends with exit status 2 and one message."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from phasequant.console import note, set_quiet, stderr
+from phasequant.errors import PhaseQuantError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Quantize language models to W4A4KV4, see where 4 bits break them, and keep the few activations that need it "
+    "in 8. MODEL is a Hugging Face directory, a Hub id, a GGUF file, a PhaseQuant checkpoint, or 'demo'.",
+)
+
+Model = Annotated[str, typer.Argument(help="directory, Hub id, GGUF file, checkpoint, or 'demo'")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="a preset's name or a YAML file")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key, as a.b=c")]
+Policy = Annotated[str | None, typer.Option("--policy", help="short for --set policy.name=…")]
+Share = Annotated[float | None, typer.Option("--a8-share", help="short for --set policy.a8_share=…")]
+Calib = Annotated[str | None, typer.Option("--calib", help="text to calibrate on: short for --set calibration.text=…")]
+Seed = Annotated[int | None, typer.Option("--seed", help="short for --set seed=…")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan to follow, as written by analyze or quantize")]
+Text = Annotated[str, typer.Option("--text", help="text to evaluate on: builtin, a UTF-8 file, wikitext2, c4")]
+Chunks = Annotated[int | None, typer.Option("--chunks", help="evaluate on the first so many chunks; default: all")]
+Seqlen = Annotated[int, typer.Option("--seqlen", help="tokens in a chunk")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
+
+out = Console(highlight=False)
+
+
+def _overrides(
+    sets: list[str] | None, policy: str | None, share: float | None, calib: str | None, seed: int | None
+) -> list[str]:
+    short = {"policy.name": policy, "policy.a8_share": share, "calibration.text": calib, "seed": seed}
+    quoted = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
+    return [*quoted, *(sets or [])]
+
+
+def _emit(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False), flush=True)
+
+
+def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
+    """Rows of figures as a person reads them."""
+    shown = Table(
+        title=f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}",
+        title_justify="left",
+    )
+    shown.add_column("", no_wrap=True)
+    for column in ("perplexity", "KL (nats)", "A8 share", "weights", "KV a token"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(
+            row["name"],
+            f"{row['ppl']:.3f}" if row["ppl"] is not None else "–",
+            f"{row['kl']:.4f}" if row["kl"] is not None else "–",
+            f"{100 * row['a8_share']:.1f} %",
+            f"{row['weight_bytes'] / 2**20:.1f} MiB",
+            f"{row['kv_bytes_per_token']:,} B",
+        )
+    return shown
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the report")] = Path("phasequant-demo"),
+    text: Text = "builtin",
+    calib: Calib = None,
+    chunks: Annotated[int, typer.Option("--chunks", help="chunks to evaluate on")] = 4,
+    model: Annotated[str, typer.Option("--model", help="another model than the embedded one")] = "demo",
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize SmolLM2-135M six ways, measure each, and write the report."""
+    from phasequant.demo import run_demo
+
+    set_quiet(quiet)
+    report, page = run_demo(model, output, text=text, calib=calib, chunks=chunks, device=device)
+    out.print(table(report["results"], report["evaluation"]))
+    out.print(f"report: {page}", soft_wrap=True)
+    _emit({"report": str(page), "results": report["results"], "evaluation": report["evaluation"]}, as_json)
+
+
+@app.command()
+def analyze(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for report.html, report.json, plan.json")],
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    policy: Policy = None,
+    a8_share: Share = None,
+    calib: Calib = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show where 4 bits break MODEL and why, and plan its bits. Quantizes nothing."""
+    import phasequant
+
+    set_quiet(quiet)
+    overrides = _overrides(sets, policy, a8_share, calib, seed)
+    found = phasequant.analyze(model, recipe or "quarot", overrides=overrides, output=output, device=device)
+    for phase in found.observations[0].phases[:8]:
+        count = sum(n for _, n in phase.tokens)
+        words = ", ".join(repr(t) for t, _ in phase.tokens[:4])
+        who = "the first token" if phase.first_token else f"{count} tokens such as {words}"
+        out.print(
+            f"{'massive' if phase.massive else 'large'} activation, {abs(phase.peak):,.0f} ({phase.times:,.0f} × the "
+            f"median), channel {phase.channel}, {who}: written by block {phase.appears}, gone after block {phase.last + 1}",
+            markup=False,
+            soft_wrap=True,
+        )
+    raised = sorted({block for block, _ in found.plan.raised})
+    share = 100 * found.plan.a8_share
+    out.print(
+        f"plan ({found.plan.policy}): {len(found.plan.raised)} groups in blocks {raised}, A8 share {share:.1f} %"
+        if raised
+        else f"plan ({found.plan.policy}): no group is raised",
+        markup=False,
+        soft_wrap=True,
+    )
+    page = output / "report.html"
+    out.print(f"report: {page}", soft_wrap=True)
+    _emit({"report": str(page), "plan": found.report["plan"], "thresholds": found.report["thresholds"]}, as_json)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the checkpoint")],
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    policy: Policy = None,
+    a8_share: Share = None,
+    calib: Calib = None,
+    seed: Seed = None,
+    plan: PlanFile = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL by a recipe (default: quarot) and write a checkpoint."""
+    import phasequant
+    from phasequant.evaluate import weight_bytes
+    from phasequant.nn import kv_bytes_per_token
+
+    set_quiet(quiet)
+    overrides = _overrides(sets, policy, a8_share, calib, seed)
+    result = phasequant.quantize(
+        model, recipe or "quarot", overrides=overrides, plan=plan, output=output, device=device
+    )
+    size = weight_bytes(result.model)
+    kv_bytes = kv_bytes_per_token(result.model, result.map)
+    out.print(
+        f"{output}: weights {size / 2**20:.1f} MiB, KV {kv_bytes:,} bytes a token, "
+        f"A8 share {100 * result.plan.a8_share:.1f} %",
+        soft_wrap=True,
+    )
+    summary = {
+        "checkpoint": str(output),
+        "policy": result.plan.policy,
+        "a8_share": result.plan.a8_share,
+        "raised": [f"{block}.{group}" for block, group in result.plan.raised],
+        "weight_bytes": size,
+        "kv_bytes_per_token": kv_bytes,
+    }
+    _emit(summary, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Text = "builtin",
+    chunks: Chunks = None,
+    seqlen: Seqlen = 2048,
+    recipe: RecipeName = None,
+    sets: Sets = None,
+    policy: Policy = None,
+    a8_share: Share = None,
+    calib: Calib = None,
+    seed: Seed = None,
+    plan: PlanFile = None,
+    original: Annotated[str | None, typer.Option("--original", help="the 16-bit model of a checkpoint")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of MODEL, and its KL to the 16-bit original. With a recipe, policy, --set or --plan, MODEL is
+    quantized in memory first."""
+    import phasequant
+
+    set_quiet(quiet)
+    overrides = _overrides(sets, policy, a8_share, None, seed)
+    if calib is not None:
+        if not overrides and recipe is None and plan is None:
+            raise PhaseQuantError("--calib is what a recipe calibrates on: name one with --recipe")
+        overrides += _overrides(None, None, None, calib, None)
+    if policy is not None and recipe is None:
+        recipe = "quarot"
+    result = phasequant.evaluate(
+        model,
+        text=text,
+        chunks=chunks,
+        seqlen=seqlen,
+        recipe=recipe,
+        overrides=overrides,
+        plan=plan,
+        original=original,
+        device=device,
+    )
+    rows = [{"name": model if len(model) < 40 else Path(model).name, **result}]
+    if result["kernels"] and result["ppl_16bit"] is not None:
+        rows.insert(
+            0,
+            {
+                "name": "16-bit",
+                "ppl": result["ppl_16bit"],
+                "kl": 0.0,
+                "a8_share": 0.0,
+                "weight_bytes": result["weight_bytes_16bit"],
+                "kv_bytes_per_token": result["kv_bytes_per_token_16bit"],
+            },
+        )
+    out.print(table(rows, result))
+    if result["kernels"]:
+        note("kernels: " + ", ".join(f"{name} ({count} linears)" for name, count in result["kernels"].items()))
+    _emit(result, as_json)
+
+
+@app.command()
+def chat(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="what to answer")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="longest answer", min=1)] = 64,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """One prompt in, greedy text out."""
+    import phasequant
+
+    set_quiet(quiet)
+    answer = phasequant.chat(model, prompt, max_new_tokens=max_new_tokens, device=device)
+    print(answer)
+    _emit({"model": model, "prompt": prompt, "text": answer}, as_json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="print this one, with a comment on every key")] = None,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """List the presets, or print one whole."""
+    from phasequant.recipe import Recipe, parts, presets
+
+    if name is not None:
+        recipe = Recipe.load(name, sets or [])
+        print(recipe.to_yaml(), end="")
+        _emit(recipe.to_dict(), as_json)
+        return
+    shown = Table(box=None, show_header=False, pad_edge=False)
+    for preset, line in presets().items():
+        shown.add_row(preset, line)
+    out.print(shown)
+    out.print("\nparts, for `compose:` in a recipe of yours:")
+    shown = Table(box=None, show_header=False, pad_edge=False)
+    for part, line in parts().items():
+        shown.add_row(part, line)
+    out.print(shown)
+    _emit({"presets": presets(), "parts": parts()}, as_json)
+
+
+def main() -> None:
+    """Entry point: errors of the user's end with status 2 and one message."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except PhaseQuantError as error:
+        stderr.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        stderr.print("interrupted: nothing was written", markup=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

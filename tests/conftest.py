@@ -1,0 +1,142 @@
+"""Tiny random models of every family, a byte-level tokenizer, and the embedded model where a test needs a real one."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from phasequant.arch import ModelMap
+from phasequant.source import Source
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+VOCAB = 258
+
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+}
+
+CONFIGS = {
+    "llama": LlamaConfig(**COMMON, head_dim=12, tie_word_embeddings=True),
+    "llama-bias": LlamaConfig(**COMMON, head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "llama-odd": LlamaConfig(
+        **{**COMMON, "hidden_size": 54, "intermediate_size": 107, "num_attention_heads": 9, "num_key_value_heads": 3},
+        head_dim=6,
+        tie_word_embeddings=False,
+    ),
+    "llama-one": LlamaConfig(
+        **{**COMMON, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 16},
+        head_dim=16,
+        tie_word_embeddings=True,
+    ),
+    "mistral": MistralConfig(**COMMON, head_dim=12, sliding_window=16, tie_word_embeddings=False),
+    "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
+    "qwen2-sliding": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+    "qwen3": Qwen3Config(**COMMON, head_dim=20, tie_word_embeddings=True),
+}
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random model whose norms, biases and embeddings are far from their trivial initial values."""
+    torch.manual_seed(seed)
+    config = type(CONFIGS[name]).from_dict(CONFIGS[name].to_dict())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.uniform_(0.2, 2.0)
+            elif key.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            elif "embed" in key:
+                parameter.normal_(0, 1.0)
+            else:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level: any text, 256 tokens, plus begin and end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """A function: family name → `Source` of a fresh tiny model."""
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Source:
+        model = make_model(name, dtype, seed)
+        return Source(name, model, tokenizer, ModelMap.from_config(model.config))
+
+    return make
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """A function: family name → directory of a saved tiny model with its tokenizer."""
+
+    def make(name: str = "llama", **options) -> Path:
+        source = tiny(name, **options)
+        folder = tmp_path / f"model-{name}"
+        source.model.save_pretrained(folder)
+        source.tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ids() -> torch.Tensor:
+    """Two random sequences."""
+    return torch.randint(0, VOCAB - 2, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Some English to calibrate and evaluate on."""
+    from phasequant.text import builtin
+
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    path.write_text(builtin("evaluation").text[:20000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> tuple[Path, Path]:
+    """(test, train) of WikiText-2, where this checkout has the shared data beside it."""
+    test, train = SHARED / "wikitext2" / "test.txt", SHARED / "wikitext2" / "train-1MB.txt"
+    if not test.is_file():
+        pytest.skip("the shared WikiText-2 is not beside this checkout")
+    return test, train

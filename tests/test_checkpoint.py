@@ -1,0 +1,252 @@
+"""Save, load, and the same numbers come back; what is damaged is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CONFIGS
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import phasequant
+from phasequant import pipeline
+from phasequant.errors import PhaseQuantError
+from phasequant.nn import PackedCache, quant_linears
+from phasequant.recipe import Recipe
+
+SMALL = ["calibration.sequences=2", "calibration.seqlen=32"]
+
+
+def quantized(source, name="quarot", *sets):
+    return pipeline.run(source, Recipe.load(name, [*SMALL, *sets]))
+
+
+def greedy(model, ids, n=12):
+    return model.generate(ids, max_new_tokens=n, do_sample=False, pad_token_id=257)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reload_gives_the_same_tokens_and_logits(name, tiny, ids, tmp_path):
+    run = quantized(tiny(name), "quarot", "policy.name=paper")
+    before = run.model(input_ids=ids, use_cache=False).logits
+    tokens = greedy(run.model, ids)
+    run.save(tmp_path / "out")
+    for loaded in (
+        phasequant.load(tmp_path / "out"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32),
+    ):
+        assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, before)
+        assert torch.equal(greedy(loaded, ids), tokens)
+        assert all(m.weight_packed.dtype == torch.uint8 for _, m in quant_linears(loaded))
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["weights.symmetric=false"],
+        ["weights.granularity=group", "weights.group_size=12"],
+        ["weights.bits=8", "kv.bits=8"],
+        ["weights.bits=3", "kv.bits=2", "activations.bits=6"],
+        ["activations.symmetric=false", "activations.granularity=tensor"],
+        ["weights.bits=16"],
+        ["kv.bits=16"],
+        ["activations.bits=16"],
+        ["transform.method=none"],
+        ["kv.group_size=6", "kv.symmetric=true"],
+    ],
+    ids=" ".join,
+)
+def test_every_grid_survives_the_disk(sets, tiny, ids, tmp_path):
+    run = quantized(tiny("llama"), "quarot", *sets)
+    before = run.model(input_ids=ids, use_cache=False).logits
+    run.save(tmp_path / "out")
+    loaded = phasequant.load(tmp_path / "out")
+    assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, before)
+    assert loaded.config.quantization_config.layout == run.model.config.quantization_config.layout
+
+
+def test_saving_a_loaded_model_again_keeps_every_tensor(tiny, tmp_path):
+    quantized(tiny("qwen2")).save(tmp_path / "one")
+    phasequant.load(tmp_path / "one").save_pretrained(tmp_path / "two")
+    with safe_open(tmp_path / "one" / "model.safetensors", "pt") as a:
+        with safe_open(tmp_path / "two" / "model.safetensors", "pt") as b:
+            assert set(a.keys()) == set(b.keys())
+            for key in a.keys():  # noqa: SIM118
+                assert torch.equal(a.get_tensor(key), b.get_tensor(key)), key
+
+
+def test_files_hold_what_they_promise(tiny, tmp_path):
+    run = quantized(tiny("llama"), "dynamicptq")
+    run.save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "phasequant"
+    assert config["tie_word_embeddings"] is False
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {"config.json", "model.safetensors", "plan.json", "recipe.yaml"} <= set(manifest["files"])
+    assert Recipe.load(tmp_path / "out" / "recipe.yaml") == run.recipe
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        keys = set(file.keys())
+        packed = file.get_tensor("model.layers.0.self_attn.q_proj.weight_packed")
+    assert packed.dtype == torch.uint8 and packed.shape == (48, 24)
+    # a loader that does not know us finds no linear of the blocks at all
+    assert not any(key.startswith("model.layers") and key.endswith("proj.weight") for key in keys)
+
+
+def test_half_and_double_leave_the_grid_alone(tiny, tmp_path):
+    run = quantized(tiny("llama"))
+    _, linear = quant_linears(run.model)[-1]
+    scale, left = linear.weight_scale.clone(), linear.online.left.clone()
+    run.model.to(torch.bfloat16)
+    assert torch.equal(linear.weight_scale, scale) and torch.equal(linear.online.left, left)
+
+
+def test_generate_uses_a_packed_cache(tiny, ids):
+    run = quantized(tiny("llama"))
+    output = run.model.generate(
+        ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=257
+    )
+    cache = output.past_key_values
+    tokens = cache.get_seq_length()
+    codes = [layer.packed.keys.codes for layer in cache.layers]
+    assert all(c.dtype == torch.uint8 and c.shape == (2, 2, tokens, 6) for c in codes)
+    per_token = sum(q.bytes_per_token(2) for q in run.model.modules() if type(q).__name__ == "KVQuantizer")
+    assert sum(layer.nbytes for layer in cache.layers) == per_token * tokens * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3"])
+def test_cache_chunks_and_padding_give_the_same_logits(name, tiny, ids):
+    model = quantized(tiny(name, torch.float64)).model
+    whole = model(input_ids=ids, use_cache=False).logits
+    cache = PackedCache(model)
+    pieces = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([10, 1, 9, 4], dim=1)]
+    assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-9)
+    padded = torch.cat([torch.full((2, 5), 257), ids], 1)
+    mask = torch.cat([torch.zeros(2, 5, dtype=torch.long), torch.ones_like(ids)], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    shifted = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 5:]
+    assert torch.allclose(shifted, whole, atol=1e-9)
+
+
+def test_beam_search_reorders_the_packed_cache(tiny, ids):
+    model = quantized(tiny("llama")).model
+    plain = model.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=257)
+    again = model.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False, pad_token_id=257)
+    assert torch.equal(plain, again)
+
+
+def test_another_attention_is_refused(tiny, ids):
+    run = quantized(tiny("llama"))
+    run.model.set_attn_implementation("eager")
+    with pytest.raises(PhaseQuantError, match="16-bit KV cache"):
+        run.model(input_ids=ids)
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    quantized(tiny("llama")).save(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def _edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_truncated_weights(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PhaseQuantError, match="cut short"):
+        phasequant.load(checkpoint)
+
+
+def test_one_flipped_bit(checkpoint):
+    path = checkpoint / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PhaseQuantError, match="SHA-256 differs"):
+        phasequant.load(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json", "plan.json"])
+def test_missing_file(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(PhaseQuantError):
+        phasequant.load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["quantization_config"].update(format=2), "format 2"),
+        (lambda c: c["quantization_config"]["layout"].pop("weights"), "not one of PhaseQuant's"),
+        (lambda c: c["quantization_config"]["layout"]["weights"].update(bits=8), "has shape"),
+        (lambda c: c["quantization_config"]["layout"]["weights"].update(bitz=4), "bits"),
+        (lambda c: c["quantization_config"].update(extra=1), "extra"),
+        (
+            lambda c: c["quantization_config"]["layout"]["activations"]["others"].update({"7.qkv": {"bits": 8}}),
+            "7.qkv",
+        ),
+    ],
+)
+def test_edited_config_is_refused_even_unverified(checkpoint, change, message):
+    _edit(checkpoint / "config.json", change)
+    with pytest.raises(PhaseQuantError, match="edited or damaged|cut short or edited"):
+        phasequant.load(checkpoint)
+    with pytest.raises(PhaseQuantError, match=message):
+        phasequant.load(checkpoint, verify=False)
+
+
+def test_missing_tensor_is_refused_even_unverified(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("model.layers.1.mlp.up_proj.weight_scale")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(PhaseQuantError, match=r"missing keys.*up_proj.weight_scale"):
+        phasequant.load(checkpoint, verify=False)
+
+
+def test_not_a_checkpoint(saved, tmp_path):
+    with pytest.raises(PhaseQuantError, match="manifest.json"):
+        phasequant.load(saved())
+    with pytest.raises(PhaseQuantError, match="does not exist"):
+        phasequant.load(tmp_path / "nowhere")
+
+
+def test_failed_writes_leave_nothing(tiny, tmp_path, monkeypatch):
+    run = quantized(tiny("llama"))
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.tokenizer.__class__, "save_pretrained", full)
+    with pytest.raises(PhaseQuantError, match="No space left"):
+        run.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_seen_before_writing(tiny, tmp_path, monkeypatch):
+    run = quantized(tiny("llama"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(PhaseQuantError, match="MiB free"):
+        run.save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_do_not_overwrite_what_is_not_theirs(tiny, tmp_path):
+    run = quantized(tiny("llama"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(PhaseQuantError, match="other files"):
+        run.save(tmp_path / "mine")
+    run.save(tmp_path / "out")
+    run.save(tmp_path / "out")  # an earlier result is replaced
+    assert phasequant.load(tmp_path / "out") is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
