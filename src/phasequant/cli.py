@@ -54,6 +54,12 @@ def _emit(values: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(values, ensure_ascii=False), flush=True)
 
 
+def _blocks(blocks: tuple[int, ...]) -> str:
+    if not blocks:
+        return "none"
+    return f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
+
+
 def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
     """Rows of figures as a person reads them."""
     shown = Table(
@@ -122,7 +128,8 @@ def analyze(
         who = "the first token" if phase.first_token else f"{count} tokens such as {words}"
         out.print(
             f"{'massive' if phase.massive else 'large'} activation, {abs(phase.peak):,.0f} ({phase.times:,.0f} × the "
-            f"median), channel {phase.channel}, {who}: written by block {phase.appears}, gone after block {phase.last + 1}",
+            f"median), channel {phase.channel}, {who}: written by {_blocks(phase.written_by)}, "
+            f"taken back by {_blocks(phase.taken_back_by)}",
             markup=False,
             soft_wrap=True,
         )

@@ -6,7 +6,7 @@ without a line of model code of ours. Then the blocks run one after the other, e
 hidden states wait in host memory: sequences × length × width × 4 bytes, whatever the depth.
 
 Everything that needs activations stands on this. A consumer takes a `Step`, hooks what it wants on `step.block`, and
-iterates `step.run()`; it may run a block several times (statistics, then the changed block) before going on.
+iterates `step.run()`; `step.probe()` runs a block without consequence (a changed grid, say).
 """
 
 from collections.abc import Iterator
@@ -66,19 +66,21 @@ class Step:
         self._stream = stream
         self.outputs: list[Tensor] | None = None
 
-    def run(self, most: int | None = None) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
-        """(x, y) for the first `most` sequences (all, if None), on the device; a full run also sets what the next block
-        reads."""
+    def run(self) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
+        """(x, y) for every sequence, on the device; what comes out is what the next block reads."""
         outputs = []
+        for hidden, (x, y) in zip(self._stream.hidden, self.probe(), strict=True):
+            outputs.append(y.to(hidden.device))
+            yield x, y
+        self.outputs = outputs
+
+    def probe(self, most: int | None = None) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
+        """(x, y) for the first `most` sequences (all, if None), without consequence for the next block."""
         for hidden in self._stream.hidden[:most]:
             x = hidden.to(self._stream.device)
             with torch.no_grad():
                 y = self.block(x[None], **self._stream.arguments[self.index])
-            y = (y[0] if isinstance(y, tuple) else y)[0]
-            outputs.append(y.to(hidden.device))
-            yield x, y
-        if len(outputs) == len(self._stream.hidden):
-            self.outputs = outputs
+            yield x, (y[0] if isinstance(y, tuple) else y)[0]
 
 
 class BlockStream:

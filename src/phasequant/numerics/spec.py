@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from phasequant.errors import PhaseQuantError, did_you_mean
 
-Granularity = Literal["tensor", "token", "channel", "group"]
 GRANULARITIES = ("tensor", "token", "channel", "group")
 
 
@@ -23,7 +22,7 @@ class QuantSpec:
 
     bits: int = 4
     symmetric: bool = True
-    granularity: Granularity = "token"
+    granularity: str = "token"
     group_size: int | None = None
     clip: float | Literal["mse"] = 1.0
 

@@ -19,6 +19,7 @@ from torch import Tensor
 LEAST = 100.0
 MASSIVE = 1000.0
 LARGE = 100.0
+CHANGE = 0.1  # of the peak: what counts as writing or taking back
 
 
 def outstanding(hidden: Float[Tensor, "T D"], times: float = MASSIVE) -> Bool[Tensor, "T D"]:
@@ -44,47 +45,57 @@ class Outlier:
 class Phase:
     """A run of blocks after each of which `channel` stands out, on the first token or on others.
 
-    `appears` is the block that writes it, `last` the last one it leaves; block `last + 1` takes it back. `times` is the
-    largest factor over the median in the run; `massive` whether it meets the definition. `tokens` counts places.
+    `appears` is the first block it leaves, `last` the last one. `written_by` and `taken_back_by` are the blocks that raise
+    or lower its largest magnitude by more than a tenth of the peak. `times` is the largest factor over the median in the
+    run; `massive` whether it meets the definition. `tokens` counts places.
     """
 
     channel: int
     first_token: bool
     appears: int
     last: int
+    written_by: tuple[int, ...]
+    taken_back_by: tuple[int, ...]
     peak: float
     times: float
     massive: bool
     tokens: tuple[tuple[str, int], ...]
 
 
-def _phase(channel: int, first: bool, run: list[int], members: list[Outlier]) -> Phase:
+def _phase(channel: int, first: bool, by_block: dict[int, list[Outlier]], blocks: int) -> Phase:
+    members = [m for block in by_block.values() for m in block]
     places = {(m.sequence, m.position): m.token for m in members}
     times = max(m.times for m in members)
+    peak = max((m.value for m in members), key=abs)
+    appears, last = min(by_block), max(by_block)
+    size = {b: max(abs(m.value) for m in found) for b, found in by_block.items()}
+    steps = {b: size.get(b, 0.0) - size.get(b - 1, 0.0) for b in range(appears, min(last + 2, blocks))}
     return Phase(
         channel=channel,
         first_token=first,
-        appears=run[0],
-        last=run[-1],
-        peak=max((m.value for m in members), key=abs),
+        appears=appears,
+        last=last,
+        written_by=tuple(b for b, step in steps.items() if step > CHANGE * abs(peak)),
+        taken_back_by=tuple(b for b, step in steps.items() if step < -CHANGE * abs(peak)),
+        peak=peak,
         times=times,
         massive=times >= MASSIVE,
         tokens=tuple(Counter(places.values()).most_common(12)),
     )
 
 
-def phases(found: list[Outlier]) -> list[Phase]:
-    """Group outliers into phases, by how far they stand out."""
-    runs: dict[tuple[int, bool], dict[int, list[Outlier]]] = defaultdict(lambda: defaultdict(list))
+def phases(found: list[Outlier], blocks: int) -> list[Phase]:
+    """Group the outliers of a model of `blocks` blocks into phases, by how far they stand out."""
+    kinds: dict[tuple[int, bool], dict[int, list[Outlier]]] = defaultdict(lambda: defaultdict(list))
     for entry in found:
-        runs[entry.channel, entry.position == 0][entry.block].append(entry)
+        kinds[entry.channel, entry.position == 0][entry.block].append(entry)
     result = []
-    for (channel, first), by_block in runs.items():
-        run: list[int] = []
+    for (channel, first), by_block in kinds.items():
+        run: dict[int, list[Outlier]] = {}
         for block in sorted(by_block):
-            if run and block != run[-1] + 1:
-                result.append(_phase(channel, first, run, [m for b in run for m in by_block[b]]))
-                run = []
-            run.append(block)
-        result.append(_phase(channel, first, run, [m for b in run for m in by_block[b]]))
+            if run and block - 1 not in run:
+                result.append(_phase(channel, first, run, blocks))
+                run = {}
+            run[block] = by_block[block]
+        result.append(_phase(channel, first, run, blocks))
     return sorted(result, key=lambda phase: -phase.times)

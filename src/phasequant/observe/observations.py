@@ -94,10 +94,7 @@ class Observations:
                 residual=Residual(**{**(r := rest.pop("residual")), "norm": Curve(**r["norm"])}),
                 groups=[GroupStats(**g) for g in rest.pop("groups")],
                 outliers=[Outlier(**m) for m in rest.pop("outliers")],
-                phases=[
-                    Phase(**{**p, "tokens": tuple((str(t), int(n)) for t, n in p["tokens"])})
-                    for p in rest.pop("phases")
-                ],
+                phases=[_phase(p) for p in rest.pop("phases")],
                 token_map=TokenMap(**rest.pop("token_map")),
                 **rest,
             )
@@ -108,3 +105,15 @@ class Observations:
     def from_json(cls, text: str) -> "Observations":
         """From a file written by a run."""
         return cls.from_dict(json.loads(text))
+
+
+def _phase(values: Mapping[str, Any]) -> Phase:
+    """A phase from JSON, whose lists were tuples."""
+    return Phase(
+        **{
+            **values,
+            "written_by": tuple(values["written_by"]),
+            "taken_back_by": tuple(values["taken_back_by"]),
+            "tokens": tuple((str(token), int(count)) for token, count in values["tokens"]),
+        }
+    )

@@ -105,11 +105,11 @@ def reading(block: nn.Module, linears: tuple[str, ...], spec: QuantSpec | None) 
 
 
 def _measure_noise(step: Step, model_map: ModelMap, grids: dict[str, QuantSpec], stats: list[GroupStats]) -> None:
-    clean = [y for _, y in step.run(NOISE_SEQUENCES)]
+    clean = [y for _, y in step.probe(NOISE_SEQUENCES)]
     for group, entry in zip(model_map.groups, stats, strict=True):
         for name, spec in grids.items():
             with reading(step.block, group.linears, spec):
-                noisy = [y for _, y in step.run(NOISE_SEQUENCES)]
+                noisy = [y for _, y in step.probe(NOISE_SEQUENCES)]
             values = [relative_noise(a, b) for a, b in zip(noisy, clean, strict=True)]
             entry.noise[name] = float(torch.cat(values).median())
 
@@ -197,6 +197,6 @@ def sweep(
         found.groups += stats
         assert step.outputs is not None
         depth(step.outputs, step.index)
-    found.phases = phases(found.outliers)
+    found.phases = phases(found.outliers, found.blocks)
     found.token_map = maps.result(tokens, tokenizer)
     return found

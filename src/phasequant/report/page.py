@@ -1,13 +1,297 @@
-"""report.json and report.html."""
+"""report.json and report.html: one file that answers where 4 bits break a model, why, and what was done about it.
 
+The page loads nothing: Plotly's bundle travels inside it, compressed, and is unpacked by the browser. Text and tables
+are plain HTML and need no script.
+"""
+
+import base64
+import functools
+import gzip
 import json
+import math
+from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import jinja2
+from plotly.offline import get_plotlyjs
 
-def write_page(report: dict[str, Any], folder: Path) -> Path:
+from phasequant.report import charts
+
+Json = dict[str, Any]
+MIB = 2**20
+RUNGS = {
+    "block-hadamard": "no Hadamard matrix of the whole width: it mixes within blocks only",
+    "random-orthogonal": "no Hadamard matrix of this width: a dense random rotation, costlier and less even",
+    "identity": "width 1: nothing to rotate",
+}
+
+
+def write_page(report: Json, folder: Path) -> Path:
     """Write report.json and report.html into a folder; the page's path."""
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     page = folder / "report.html"
-    page.write_text("<html></html>", encoding="utf-8")
+    page.write_text(render(report), encoding="utf-8")
     return page
+
+
+def render(report: Json) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = (resources.files("phasequant.report") / "template.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(text).render(context(report), plotly=plotly_bundle())
+
+
+@functools.cache
+def plotly_bundle() -> str:
+    """Plotly's script: gzip, then base64."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+
+
+def context(report: Json) -> Json:
+    """What the template shows."""
+    model = report["model"]
+    return {
+        "report": report,
+        "model": model,
+        "recipe_line": recipe_line(report),
+        "summary": summary(report),
+        "results": [result_row(row) for row in report["results"]],
+        "figures": finite(charts.build(report)),
+        "state": {
+            "first": "with" if report["thresholds"]["first_token"] else "without",
+            "bits": "4",
+            "gsr": "mean",
+            "side": "0",
+            "policy": chosen_plan(report),
+        },
+        "sides": [side["coordinates"] for side in charts.sides(report)],
+        "plans": {name: plan_rows(plan) for name, plan in report["plans"].items()},
+        "bit_colors": dict(zip(charts.bit_levels(report), charts.BIT_COLORS, strict=False)),
+        "gaussian": charts.gaussian_gsr(model["d_model"]),
+        "floor": charts.FLOOR,
+        "mean_gsr": [mean_gsr(side) for side in charts.sides(report)],
+        "transform": [transform_row(entry, model) for entry in report["transform"]],
+        "phases": [phase_row(phase, model["blocks"]) for phase in report["observations"]["raw"]["phases"]],
+        "drawn": charts.BANDS,
+        "settings": list(flat(report["recipe"])),
+    }
+
+
+def finite(value: Any) -> Any:
+    """The same with null for what JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+# --- header -------------------------------------------------------------------------------------------------------
+
+
+def bits(spec: Json | None) -> int:
+    """Bits of a grid; no grid means 16."""
+    return spec["bits"] if spec else 16
+
+
+def recipe_line(report: Json) -> str:
+    """Bits, transform and policy in one line."""
+    plan = report["plan"]
+    widths = f"W{bits(plan['weights'])}A{bits(plan['low'])}KV{bits(plan['kv'])}"
+    return f"{widths} · transform {report['recipe']['transform']['method']} · policy {plan['policy']}"
+
+
+def chosen_plan(report: Json) -> str:
+    """The name under which the chosen plan stands among all."""
+    return next((name for name, plan in report["plans"].items() if plan == report["plan"]), next(iter(report["plans"])))
+
+
+def result_row(row: Json) -> Json:
+    """One candidate's numbers, as text."""
+    return {
+        "name": row["name"],
+        "ppl": number(row["ppl"], ".2f"),
+        "kl": number(row["kl"], ".4f"),
+        "a8": number(100 * row["a8_share"], ".1f"),
+        "weights": number(row["weight_bytes"] / MIB, ",.1f"),
+        "kv": number(row["kv_bytes_per_token"], ",.0f"),
+    }
+
+
+def number(value: float | None, form: str) -> str:
+    """A number as text; a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+# --- summary ------------------------------------------------------------------------------------------------------
+
+
+def summary(report: Json) -> list[str]:
+    """The findings, a sentence each."""
+    sentences = [about_phases(report), about_jumps(report), about_gsr(report), about_noise(report), about_plan(report)]
+    return [sentence for sentence in [*sentences, about_results(report)] if sentence]
+
+
+def about_phases(report: Json) -> str:
+    """The strongest phase, and how many more there are."""
+    raw = report["observations"]["raw"]
+    if not raw["phases"]:
+        return "No value of the residual stream stands out: none exceeds 100 and 100 times the median."
+    top = raw["phases"][0]
+    row = phase_row(top, report["model"]["blocks"])
+    tokens = "the first token of a sequence" if top["first_token"] else f"tokens such as {row['tokens'][0][0]}"
+    text = (
+        f"Channel {top['channel']} of the residual stream reaches {row['peak']} on {tokens}, {row['times']} times the "
+        f"median: it stands out after {row['appears']}{largest_step(raw, top)}, and {row['gone']}."
+    )
+    others = sorted({phase["channel"] for phase in raw["phases"]} - {top["channel"]})
+    if not others:
+        return text
+    named = f"channel {others[0]} does" if len(others) == 1 else f"{len(others)} other channels do"
+    return f"{text[:-1]}; {named} so too, less far."
+
+
+def largest_step(raw: Json, phase: Json) -> str:
+    """The block that adds most to a phase, where that is not the one that begins it."""
+    size = dict.fromkeys(range(phase["appears"] - 1, phase["last"] + 1), 0.0)
+    for entry in raw["outliers"]:
+        same = entry["channel"] == phase["channel"] and (entry["position"] == 0) == phase["first_token"]
+        if same and entry["block"] in size:
+            size[entry["block"]] = max(size[entry["block"]], abs(entry["value"]))
+    block = max(range(phase["appears"], phase["last"] + 1), key=lambda b: size[b] - size[b - 1])
+    return "" if block == phase["appears"] else f", takes its largest step in block {block}"
+
+
+def about_jumps(report: Json) -> str:
+    """Blocks beyond both thresholds."""
+    limits = report["thresholds"]
+    side = charts.sides(report)[0 if limits["coordinates"] == "raw" else -1]
+    key = charts.FIRST["with" if limits["first_token"] else "without"]
+    ratios, snrs = side["jump_ratio"][key], side["snr"]["4"][key]
+    found = [b for b, r in enumerate(ratios) if r > limits["jr"] and snrs[b] < limits["snr"]]
+    origin = "as given" if limits["given"] else "median and interquartile range of the blocks"
+    rule = f"Jump Ratio above {limits['jr']:.2f} and 4-bit SNR below {limits['snr']:.1f} dB ({origin})"
+    if not found:
+        return f"No block rewrites the stream enough to drown what it held: none has a {rule}."
+    top = max(found, key=ratios.__getitem__)
+    verb = "rewrites" if len(found) == 1 else "rewrite"
+    return f"{blocks_text(found)} {verb} the stream, block {top} most ({ratios[top]:.3g} times its norm): {rule}."
+
+
+def blocks_text(blocks: list[int]) -> str:
+    """Blocks 0, 3 to 7 and 29."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    parts = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    joined = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"Block{'s' if len(blocks) > 1 else ''} {joined}"
+
+
+def mean_gsr(side: Json) -> float:
+    """GSR over all linear inputs."""
+    return fmean(entry["gsr"] for entry in side["groups"])
+
+
+def about_gsr(report: Json) -> str:
+    """How coarse the 4-bit grid is, before and after."""
+    means = [mean_gsr(side) for side in charts.sides(report)]
+    text = f"The 4-bit step of a linear's input is {means[0]:.2f} of its standard deviation on average (GSR)"
+    if len(means) > 1:
+        text += f" in the raw model and {means[1]:.2f} {charts.sides(report)[1]['coordinates']}"
+    width = report["model"]["d_model"]
+    return f"{text}; a Gaussian row of {width} has {charts.gaussian_gsr(width):.2f}."
+
+
+def about_noise(report: Json) -> str:
+    """The group whose low-bit input hurts most."""
+    groups = report["observations"]["transformed"]["groups"]
+    if not all("low" in g["noise"] for g in groups):
+        return ""
+    top = max(groups, key=lambda g: g["noise"]["low"])
+    level = 10 * math.log10(max(top["noise"]["low"], 1e-30))
+    low = bits(report["plan"]["low"])
+    return (
+        f"Read in {low} bits, the input of {top['group']} in block {top['block']} disturbs the stream most, "
+        f"{level:.1f} dB against it."
+    )
+
+
+def about_plan(report: Json) -> str:
+    """How many groups were raised."""
+    plan, total = report["plan"], len(report["observations"]["raw"]["groups"])
+    low = bits(plan["low"])
+    if not plan["raised"]:
+        return f"The plan ({plan['policy']}) raises nothing: all {total} groups read {low} bits."
+    high = " or ".join(map(str, sorted({entry["bits"] for entry in plan["raised"].values()})))
+    return (
+        f"The plan ({plan['policy']}) lets {len(plan['raised'])} of {total} groups read {high} bits, "
+        f"{100 * plan['a8_share']:.1f} % of the linear multiply-adds in 8; the others stay at {low}."
+    )
+
+
+def about_results(report: Json) -> str:
+    """The range of the table."""
+    rows = report["results"]
+    if len(rows) < 2:
+        return ""
+    ranked = sorted(rows[1:], key=lambda row: row["ppl"])
+    return (
+        f"Perplexity is {rows[0]['ppl']:.2f} for {rows[0]['name']}; the other rows lie between {ranked[0]['ppl']:.2f} "
+        f"({ranked[0]['name']}) and {ranked[-1]['ppl']:.2f} ({ranked[-1]['name']})."
+    )
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def plan_rows(plan: Json) -> Json:
+    """A plan's size and its raised groups."""
+    rows = [(*place.split(".", 1), entry["bits"], entry["why"]) for place, entry in plan["raised"].items()]
+    return {"policy": plan["policy"], "low": bits(plan["low"]), "a8": f"{100 * plan['a8_share']:.1f}", "rows": rows}
+
+
+def phase_row(phase: Json, blocks: int) -> Json:
+    """One phase, as text."""
+    stays = phase["last"] + 1 >= blocks
+    return {
+        "kind": "massive" if phase["massive"] else "large",
+        "label": charts.phase_label(phase),
+        "peak": f"{phase['peak']:,.0f}",
+        "times": f"{phase['times']:,.0f}",
+        "appears": f"block {phase['appears']}" if phase["appears"] >= 0 else "the embedding",
+        "gone": "stays to the end" if stays else f"is gone after block {phase['last'] + 1}",
+        "tokens": [(repr(text), count) for text, count in phase["tokens"]],
+    }
+
+
+def linear_macs(model: Json) -> int:
+    """Multiply-adds a token of all linears inside the blocks."""
+    heads, width = model["heads"] * model["d_head"], model["d_model"]
+    keys = 2 * model["kv_heads"] * model["d_head"]
+    return model["blocks"] * width * (2 * heads + keys + 3 * model["d_ffn"])
+
+
+def transform_row(entry: Json, model: Json) -> Json:
+    """One place of the transform, with its cost and a word on its rung."""
+    share = f"{100 * entry['macs'] / linear_macs(model):.2f} %" if entry["macs"] else "–"
+    return {**entry, "share": share, "warning": RUNGS.get(entry["rung"], "")}
+
+
+def flat(values: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Every key of the recipe with its dots, and its value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(dict(value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, ensure_ascii=False)

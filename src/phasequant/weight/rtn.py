@@ -1,7 +1,7 @@
 """Round to nearest: each weight goes to the nearest code of its channel's or group's grid.
 
 No data is looked at. With `clip: mse` the grid itself is searched (numerics.integer); on rotated weights, which are
-close to Gaussian, that is worth a lot: SmolLM2 W4A16 148 → 55.9 perplexity in a prototype. Costs 80 roundings of every
+close to Gaussian, that is worth a lot: SmolLM2 W4A16 121 → 61 perplexity (W4A16, three seeds of R1). Costs 80 roundings of every
 weight, seconds for 100 M.
 """
 

@@ -1,0 +1,94 @@
+"""The reference against plain arithmetic, and every kernel against the reference: equal, not close."""
+
+import pytest
+import torch
+
+from phasequant.errors import PhaseQuantError
+from phasequant.kernels import KERNELS, LinearSpec, choose
+from phasequant.kernels.reference import Reference
+from phasequant.nn import QuantLinear
+from phasequant.numerics import QuantSpec, fake_quantize, quantize
+
+WEIGHTS = [
+    QuantSpec(4, True, "channel"),
+    QuantSpec(4, False, "channel"),
+    QuantSpec(3, True, "group", 16),
+    QuantSpec(8, True, "channel"),
+]
+INPUTS = [QuantSpec(4), QuantSpec(4, clip=0.8), QuantSpec(8), QuantSpec(4, False), QuantSpec(8, True, "tensor"), None]
+
+
+def make(weight_spec, input_spec, width=48, out=20, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, width, generator=generator)
+    linear = QuantLinear.dense(weight, torch.randn(out, generator=generator) if bias else None)
+    linear.set_codes(*quantize(weight, weight_spec), weight_spec)
+    linear.input_spec = input_spec
+    return linear
+
+
+@pytest.mark.parametrize("weight_spec", WEIGHTS, ids=str)
+@pytest.mark.parametrize("input_spec", INPUTS, ids=str)
+def test_reference_is_the_product_of_the_rounded(weight_spec, input_spec):
+    linear = make(weight_spec, input_spec)
+    x = torch.randn(3, 7, 48)
+    seen = x if input_spec is None else fake_quantize(x.double(), input_spec)
+    expected = seen.double() @ linear.dense_weight().double().T + linear.bias.double()
+    y = Reference().linear(x, linear.tensors, linear.spec)
+    assert y.shape == (3, 7, 20)
+    assert (y - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
+@pytest.mark.parametrize("weight_spec", WEIGHTS, ids=str)
+@pytest.mark.parametrize("input_spec", [s for s in INPUTS if s is not None], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 17, 65])
+def test_kernels_equal_the_reference(kernel, weight_spec, input_spec, rows):
+    linear = make(weight_spec, input_spec, width=96, out=33, seed=rows)
+    ok, reason = kernel.can_run(linear.spec, torch.device("cpu"))
+    if not ok:
+        assert reason  # a refusal says why
+        return
+    cases = [torch.randn(rows, 96), torch.zeros(rows, 96), torch.full((rows, 96), 1e4)]
+    cases.append(torch.where(torch.rand(rows, 96) < 0.02, 1e5, torch.randn(rows, 96)))
+    for x in cases:
+        expected = Reference().linear(x, linear.tensors, linear.spec)
+        assert torch.equal(kernel.linear(x, linear.tensors, linear.spec), expected)
+
+
+def test_sums_beyond_fp32_stay_exact():
+    """8-bit inputs on 8-bit weights of a wide layer exceed 2^24: the reference switches to fp64, int8 declines."""
+    spec = QuantSpec(8)
+    width = 4096
+    linear = make(QuantSpec(8, True, "channel"), spec, width=width, out=3, bias=False)
+    linear.set_codes(torch.full((3, width), 127, dtype=torch.int8), torch.ones(3, 1), torch.zeros(3, 1), QuantSpec(8))
+    x = torch.ones(1, width)
+    x[0, -1] = 1 / 127
+    y = Reference().linear(x, linear.tensors, linear.spec)
+    exact = (127 * 127 * (width - 1) + 127) / 127
+    assert y[0, 0].item() == pytest.approx(exact, rel=1e-7)
+    assert choose(linear.spec, torch.device("cpu")).name == "reference"
+
+
+def test_choice_is_told_and_refusals_give_reasons():
+    spec = LinearSpec(48, 20, QuantSpec(4, False, "channel"), QuantSpec(4))
+    assert choose(spec, torch.device("cpu")).name == "reference"
+    with pytest.raises(PhaseQuantError, match="symmetric grids"):
+        choose(spec, torch.device("cpu"), "cpu-int8")
+    with pytest.raises(PhaseQuantError, match="cpu-int8, reference"):
+        choose(spec, torch.device("cpu"), "marlin")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_output_has_the_inputs_type(dtype):
+    linear = make(QuantSpec(4, True, "channel"), QuantSpec(4))
+    assert linear(torch.randn(2, 48, dtype=dtype)).dtype == dtype
+
+
+def test_a_16_bit_side_is_just_that():
+    weight = torch.randn(20, 48)
+    linear = QuantLinear.dense(weight, None)
+    x = torch.randn(5, 48)
+    assert torch.equal(linear(x), x @ weight.T)
+    linear.input_spec = QuantSpec(4)
+    assert torch.allclose(linear(x), fake_quantize(x, QuantSpec(4)) @ weight.T)
