@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -62,13 +63,11 @@ def _blocks(blocks: tuple[int, ...]) -> str:
 
 def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
     """Rows of figures as a person reads them."""
-    shown = Table(
-        title=f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}",
-        title_justify="left",
-    )
+    title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("", no_wrap=True)
-    for column in ("perplexity", "KL (nats)", "A8 share", "weights", "KV a token"):
-        shown.add_column(column, justify="right")
+    for column in ("perplexity", "KL nats", "A8 share", "weights", "KV/token"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row["name"],

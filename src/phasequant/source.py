@@ -199,7 +199,7 @@ def open_model(name: str | Path, device: str = "auto") -> Source:
             if path.suffix.lower() != ".gguf":
                 raise PhaseQuantError(f"the file {path} is not a GGUF file: give a .gguf or a model directory")
             model, tokenizer = _load_gguf(path)
-        elif name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        elif not path.exists() and (name.endswith(".gguf") or name.startswith((".", "/", "~"))):
             raise PhaseQuantError(f"the model '{name}' does not exist: give a path that does, a Hub id, or '{DEMO}'")
         else:
             model, tokenizer = _load_dense(name, where)

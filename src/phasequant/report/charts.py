@@ -1,17 +1,19 @@
 """Figures of the page: parts of a report in, Plotly figures as plain dicts out.
 
 Colours of text, grid and background are not set here: the page's script adds them for the light or the dark theme. A
-trace with `meta` is drawn only while the page's controls hold those values, as in {"bits": "4"}.
+trace with `meta` is drawn only while the page's controls hold those values, as in {"bits": "4"}. Plotly reads a little
+HTML in texts, so what comes from tokens or reasons is escaped.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import NormalDist
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
 from typing import Any
 
 Json = dict[str, Any]
 FLOOR = 0.247  # GSR of a uniform row
 BANDS = 6  # phases that are drawn; the table has all
+ABOVE = 72  # pixels for a colour bar and its title
 BIT_COLORS = ("#8fa9bf", "#D55E00", "#CC79A7", "#009E73")
 SIDES = (("#D55E00", "solid"), ("#0072B2", "dash"))
 GROUPS = (("#0072B2", "solid"), ("#D55E00", "dash"), ("#009E73", "dot"), ("#CC79A7", "dashdot"))
@@ -23,11 +25,6 @@ def sides(report: Json) -> list[Json]:
     """The observations to compare: raw and transformed, or raw alone where nothing was transformed."""
     found = report["observations"]
     return [found["raw"], found["transformed"]] if report["transform"] else [found["raw"]]
-
-
-def gaussian_gsr(width: int) -> float:
-    """The 4-bit GSR of a Gaussian row: the median of its largest magnitude, over 7."""
-    return NormalDist().inv_cdf((1 + 0.5 ** (1 / width)) / 2) / 7
 
 
 def phase_label(phase: Json) -> str:
@@ -56,7 +53,7 @@ def norm(report: Json) -> Json:
     raw = report["observations"]["raw"]
     curves = raw["residual"]["norm"]
     series = {"all tokens": curves["all_tokens"], "without the first token": curves["without_first"]}
-    data = [_line(*item, *style, start=-1) for item, style in zip(series.items(), SIDES, strict=True)]
+    data = [_line(*item, *style, x0=-1) for item, style in zip(series.items(), SIDES, strict=True)]
     layout = {"xaxis": _depth_axis(raw["blocks"]), "yaxis": _log_axis(series.values(), "mean ‖h‖")}
     return _figure(data, 300, **layout, shapes=_bands(raw["phases"]))
 
@@ -65,13 +62,13 @@ def absmax(report: Json) -> Json:
     """Largest magnitude of the residual by depth, above one lane for each of the strongest phases."""
     raw = report["observations"]["raw"]
     blocks, phases = raw["blocks"], raw["phases"][:BANDS]
-    data, axis = _by_side(report, lambda side: side["residual"]["absmax"], "max |h|", start=-1)
+    data = _by_side(report, lambda side: side["residual"]["absmax"], x0=-1)
     for trace, side in zip(data, sides(report), strict=True):
         trace["customdata"] = side["residual"]["absmax_channel"]
         trace["hovertemplate"] = "%{y:.4g} in channel %{customdata}"
     lanes = 24 * len(phases)
     inner = 240 + lanes
-    axis["domain"] = [(lanes + 10) / inner if lanes else 0, 1]
+    axis = {**_log_axis([trace["y"] for trace in data], "max |h|"), "domain": [(lanes + 10) / inner if lanes else 0, 1]}
     layout: Json = {"xaxis": _depth_axis(blocks), "yaxis": axis, "shapes": _bands(phases)}
     if phases:
         layout["xaxis"]["anchor"] = "y2"
@@ -82,8 +79,8 @@ def absmax(report: Json) -> Json:
 
 def update(report: Json) -> Json:
     """Largest magnitude that each block adds."""
-    data, axis = _by_side(report, lambda side: side["residual"]["update_absmax"], "max |update|")
-    return _figure(data, 300, xaxis=_block_axis(report), yaxis=axis)
+    data = _by_side(report, lambda side: side["residual"]["update_absmax"])
+    return _figure(data, 300, xaxis=_block_axis(report), yaxis=_log_axis([t["y"] for t in data], "max |update|"))
 
 
 def _tint(phase: Json, alpha: float) -> str:
@@ -92,11 +89,8 @@ def _tint(phase: Json, alpha: float) -> str:
 
 def _bands(phases: Sequence[Json]) -> list[Json]:
     spans = {(p["appears"] - 0.5, p["last"] + 0.5): _tint(p, 0.13) for p in reversed(phases[:BANDS])}
-    return [
-        {"type": "rect", "yref": "y domain", "x0": start, "x1": end, "y0": 0, "y1": 1, "line": {"width": 0},
-         "fillcolor": color, "layer": "below"}
-        for (start, end), color in spans.items()
-    ]  # fmt: skip
+    area = {"type": "rect", "yref": "y domain", "y0": 0, "y1": 1, "line": {"width": 0}, "layer": "below"}
+    return [{**area, "x0": start, "x1": end, "fillcolor": color} for (start, end), color in spans.items()]
 
 
 def _lane(phase: Json, row: int) -> Json:
@@ -108,8 +102,8 @@ def _lane(phase: Json, row: int) -> Json:
 
 def _lane_label(phase: Json, row: int, blocks: int) -> Json:
     late = phase["appears"] > 0.45 * blocks
-    return {"text": phase_label(phase), "xref": "x", "yref": "y2", "y": row, "showarrow": False, "font": {"size": 11},
-            "x": phase["last"] + 0.4 if late else phase["appears"] - 0.4, "xanchor": "right" if late else "left"}
+    x, anchor = (phase["last"] + 0.4, "right") if late else (phase["appears"] - 0.4, "left")
+    return {"text": phase_label(phase), "xref": "x", "yref": "y2", "x": x, "xanchor": anchor, "y": row}
 
 
 # --- where blocks jump --------------------------------------------------------------------------------------------
@@ -131,7 +125,7 @@ def snr(report: Json) -> Json:
     for bits in found[0]["snr"]:
         for first, key in FIRST.items():
             meta = {"bits": bits, "first": first}
-            data += _by_side(report, lambda side, b=bits, k=key: side["snr"][b][k], "", meta=meta)[0]
+            data += _by_side(report, lambda side, b=bits, k=key: side["snr"][b][k], meta=meta)
             data += _marks(report, found[-1]["snr"][bits][key], meta)
     where = found[0] if limits["coordinates"] == "raw" else found[-1]
     name = f"threshold {limits['snr']:.1f} dB, {where['coordinates']}"
@@ -152,9 +146,8 @@ def _marks(report: Json, series: Sequence[float], meta: Json) -> list[Json]:
 
 
 def _threshold(report: Json, value: float, name: str, meta: Json) -> Json:
-    return {"type": "scatter", "mode": "lines", "name": name, "x": [-0.5, report["model"]["blocks"] - 0.5],
-            "y": [value, value], "line": {"color": "#888", "dash": "dot", "width": 1.5}, "hoverinfo": "skip",
-            "meta": meta}  # fmt: skip
+    flat = {"x0": -1, "dx": report["model"]["blocks"] + 1, "mode": "lines", "hoverinfo": "skip", "hovertemplate": None}
+    return _line(name, [value, value], "#888888", "dot", meta=meta, **flat)
 
 
 # --- what each linear reads ---------------------------------------------------------------------------------------
@@ -162,14 +155,13 @@ def _threshold(report: Json, value: float, name: str, meta: Json) -> Json:
 
 def gsr(report: Json) -> Json:
     """Grid-to-std ratio, block by group, before and after the transform on one scale."""
-    found = sides(report)
-    values = [[g[key] for g in side["groups"]] for side in found for key in GSR_KINDS.values()]
-    data = [
-        _group_map(side, lambda g, k=key: g[k], "GSR %{customdata:.3f}", row, log=True, meta={"gsr": kind})
-        for row, side in enumerate(found)
-        for kind, key in GSR_KINDS.items()
-    ]
-    return _maps(report, data, [side["coordinates"] for side in found], _log_colors([[FLOOR], *values], "GSR"))
+    found, data, values = sides(report), [], [[FLOOR]]
+    for row, side in enumerate(found):
+        for kind, key in GSR_KINDS.items():
+            trace = _group_map(side, lambda g, k=key: g[k], "GSR %{customdata:.3f}", meta={"gsr": kind})
+            values += trace["z"]
+            data.append({**trace, "z": [_log(cells) for cells in trace["z"]], "yaxis": f"y{row + 1}"})
+    return _maps(report, data, [side["coordinates"] for side in found], _log_colors(values), "GSR")
 
 
 def spikes(report: Json) -> Json:
@@ -186,15 +178,15 @@ def tokens(report: Json) -> Json:
     """Largest magnitude by depth and token, log colour."""
     found = report["observations"]["raw"]["token_map"]
     depth, height = len(found["absmax"]), min(780, max(360, 12 * len(found["absmax"]) + 230))
-    names = [f"{_plain(repr(t))}<br>{s}:{p}" for t, (s, p) in zip(found["tokens"], found["places"], strict=True)]
-    ticks = [_plain(shown if len(shown := repr(t)) < 15 else shown[:12] + "…" + shown[-1]) for t in found["tokens"]]
-    data = {"type": "heatmap", "y": list(range(-1, depth - 1)), "z": [_log(row) for row in found["absmax"]],
+    names = [f"{escape(repr(t))}<br>{s}:{p}" for t, (s, p) in zip(found["tokens"], found["places"], strict=True)]
+    ticks = [escape(shown if len(shown := repr(t)) < 15 else shown[:12] + "…" + shown[-1]) for t in found["tokens"]]
+    data = {"type": "heatmap", "y0": -1, "z": [_log(row) for row in found["absmax"]],
             "customdata": [[list(pair) for pair in zip(names, row, strict=True)] for row in found["absmax"]],
             "hovertemplate": "%{customdata[0]}, after block %{y}<br>%{customdata[1]:.4g}<extra></extra>",
             "coloraxis": "coloraxis"}  # fmt: skip
     xaxis = {"tickvals": list(range(len(ticks))), "ticktext": ticks, "tickangle": -90, "tickfont": {"size": 10}}
-    colors = _log_colors(found["absmax"], "largest |h| of the token")
-    return _figure([data], height, xaxis=xaxis, yaxis=_depth_axis(depth - 1), coloraxis=colors)
+    layout = {"coloraxis": _log_colors(found["absmax"]), "annotations": [_bar_title("largest |h| of the token")]}
+    return _figure([data], height, xaxis=xaxis, yaxis=_depth_axis(depth - 1), **layout, margin={"t": ABOVE})
 
 
 def noise(report: Json) -> Json | None:
@@ -202,10 +194,10 @@ def noise(report: Json) -> Json | None:
     side, raised = report["observations"]["transformed"], report["plan"]["raised"]
     if not all("low" in g["noise"] for g in side["groups"]):
         return None
-    trace = _group_map(side, lambda g: 10 * math.log10(max(g["noise"]["low"], 1e-30)), "%{customdata:.1f} dB", 0)
-    trace["text"] = [[_raised_bits(raised, block, group) for block in trace["x"]] for group in trace["y"]]
-    colors = {"colorscale": "Viridis", "colorbar": {"title": {"text": "noise / residual, dB"}}}
-    return _maps(report, [{**trace, "texttemplate": "%{text}"}], [""], colors)
+    trace = _group_map(side, lambda g: 10 * math.log10(max(g["noise"]["low"], 1e-30)), "%{customdata:.1f} dB")
+    trace["text"] = [[str(raised.get(f"{b}.{group}", {}).get("bits", "")) for b in trace["x"]] for group in trace["y"]]
+    trace["texttemplate"] = "%{text}"
+    return _maps(report, [trace], [""], {"colorscale": "Viridis"}, "noise / residual, dB")
 
 
 def plan(report: Json) -> Json:
@@ -214,77 +206,64 @@ def plan(report: Json) -> Json:
     scale = [[(i + end) / len(levels), BIT_COLORS[i % 4]] for i in range(len(levels)) for end in (0, 1)]
     for name, entry in report["plans"].items():
         low, raised = {"bits": _low(entry), "why": "the grid of all groups"}, entry["raised"]
-        trace = _group_map(side, lambda g, r=raised, o=low: r.get(f"{g['block']}.{g['group']}", o), "", 0)
-        cells = trace["customdata"]
-        trace |= {"z": [[levels.index(cell["bits"]) for cell in row] for row in cells], "texttemplate": "%{text}",
-                  "customdata": [[[cell["bits"], _plain(cell["why"])] for cell in row] for row in cells],
-                  "text": [[_raised_bits(raised, block, group) for block in trace["x"]] for group in trace["y"]],
-                  "hovertemplate": "block %{x}, %{y}: %{customdata[0]} bits<br>%{customdata[1]}<extra></extra>",
-                  "meta": {"policy": name}}  # fmt: skip
+        trace = _group_map(side, lambda g, r=raised, o=low: r.get(f"{g['block']}.{g['group']}", o), "%{customdata}")
+        cells, trace["texttemplate"], trace["meta"] = trace["z"], "%{text}", {"policy": name}
+        trace["z"] = [[levels.index(cell["bits"]) for cell in row] for row in cells]
+        trace["customdata"] = [[f"{cell['bits']} bits<br>{escape(cell['why'])}" for cell in row] for row in cells]
+        trace["text"] = [["" if cell is low else str(cell["bits"]) for cell in row] for row in cells]
         data.append(trace)
-    return _maps(report, data, [""], {"colorscale": scale, "cmin": -0.5, "cmax": len(levels) - 0.5, "showscale": False})
+    colors = {"colorscale": scale, "cmin": -0.5, "cmax": len(levels) - 0.5, "showscale": False}
+    return _maps(report, data, [""], colors, "")
 
 
 # --- shared parts -------------------------------------------------------------------------------------------------
-
-
-def _plain(text: str) -> str:
-    """Text that Plotly shows as it is: it reads a little HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _low(plan: Json) -> int:
     return plan["low"]["bits"] if plan["low"] else 16
 
 
-def _raised_bits(raised: Mapping[str, Json], block: int, group: str) -> str:
-    entry = raised.get(f"{block}.{group}")
-    return str(entry["bits"]) if entry else ""
-
-
 def _group_names(side: Json) -> list[str]:
     return list(dict.fromkeys(entry["group"] for entry in side["groups"]))
 
 
-def _line(name: str, values: Sequence[float], color: str, dash: str, start: int = 0, meta: Json | None = None) -> Json:
-    return {"type": "scatter", "mode": "lines+markers", "name": name, "y": values, "x0": start, "dx": 1,
-            "line": {"color": color, "dash": dash, "width": 2}, "marker": {"size": 5}, "meta": meta or {},
-            "hovertemplate": "%{y:.4g}"}  # fmt: skip
+def _line(name: str, values: Sequence[float], color: str, dash: str, **more: Any) -> Json:
+    line = {"color": color, "dash": dash}
+    return {"type": "scatter", "name": name, "y": values, "line": line, "hovertemplate": "%{y:.4g}", **more}
 
 
-def _by_side(
-    report: Json, pick: Callable[[Json], list[float]], title: str, start: int = 0, meta: Json | None = None
-) -> tuple[list[Json], Json]:
-    """A line for each side, and a log axis that holds them."""
-    picked = {side["coordinates"]: pick(side) for side in sides(report)}
-    data = [_line(*item, *style, start, meta) for item, style in zip(picked.items(), SIDES, strict=False)]
-    return data, _log_axis(picked.values(), title)
+def _by_side(report: Json, pick: Callable[[Json], list[float]], **more: Any) -> list[Json]:
+    """A line for each side."""
+    picked = [(side["coordinates"], pick(side)) for side in sides(report)]
+    return [_line(*item, *style, **more) for item, style in zip(picked, SIDES, strict=False)]
 
 
-def _group_map(
-    side: Json, pick: Callable[[Json], Any], shown: str, row: int, *, log: bool = False, meta: Json | None = None
-) -> Json:
+def _group_map(side: Json, pick: Callable[[Json], Any], shown: str, **more: Any) -> Json:
     """A heat map, block by group, of what `pick` reads from each group."""
     names = _group_names(side)
     cells = [[pick(g) for g in side["groups"] if g["group"] == name] for name in names]
-    return {"type": "heatmap", "x": list(range(side["blocks"])), "y": names, "customdata": cells, "meta": meta or {},
-            "z": [_log(values) for values in cells] if log else cells, "xgap": 1, "ygap": 1, "coloraxis": "coloraxis",
-            "yaxis": f"y{row + 1}" if row else "y",
-            "hovertemplate": f"block %{{x}}, %{{y}}: {shown}<extra></extra>"}  # fmt: skip
+    hover = f"block %{{x}}, %{{y}}: {shown}<extra></extra>"
+    return {"type": "heatmap", "x": list(range(side["blocks"])), "y": names, "z": cells, "customdata": cells,
+            "hovertemplate": hover, "xgap": 1, "ygap": 1, "coloraxis": "coloraxis", **more}  # fmt: skip
 
 
-def _maps(report: Json, data: list[Json], titles: Sequence[str], colors: Json) -> Json:
+def _maps(report: Json, data: list[Json], titles: Sequence[str], colors: Json, bar: str) -> Json:
     """Maps stacked over one block axis, the first on top."""
-    inner, layout = 140 * len(titles), {}
-    for row, title in enumerate(titles):
-        top = 1 - 140 * row / inner
-        layout[f"yaxis{row + 1}" if row else "yaxis"] = {"domain": [top - 112 / inner, top], "autorange": "reversed"}
-        layout.setdefault("annotations", []).append(
-            {"text": title, "xref": "paper", "yref": "paper", "x": 0, "y": top, "xanchor": "left", "yanchor": "bottom",
-             "showarrow": False})  # fmt: skip
-    xaxis = {**_block_axis(report), "anchor": f"y{len(titles)}" if len(titles) > 1 else "y"}
-    height = inner + (60 if colors.get("showscale") is False else 110)
-    return _figure(data, height, xaxis=xaxis, **layout, coloraxis=colors)
+    inner, layout = 140 * len(titles), {}  # pixels
+    tops = [1 - 140 * row / inner for row in range(len(titles))]
+    for row, top in enumerate(tops):
+        layout[f"yaxis{row + 1}"] = {"domain": [top - 112 / inner, top], "autorange": "reversed"}
+    corner = {"xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom"}
+    notes = [{**corner, "text": title, "y": top} for title, top in zip(titles, tops, strict=True)]
+    above = ABOVE if bar else 8
+    layout |= {"annotations": [*notes, _bar_title(bar)], "coloraxis": colors, "margin": {"t": above, "b": 20}}
+    layout["xaxis"] = {**_block_axis(report), "anchor": f"y{len(titles)}"}
+    return _figure(data, inner + above + 20, **layout)
+
+
+def _bar_title(text: str) -> Json:
+    return {"text": text, "xref": "paper", "yref": "paper", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
+            "yshift": ABOVE - 18}  # fmt: skip
 
 
 def _figure(data: list[Json], height: int, **layout: Any) -> Json:
@@ -325,9 +304,9 @@ def _log(row: Sequence[float]) -> list[float | None]:
     return [math.log10(value) if value and value > 0 else None for value in row]
 
 
-def _log_colors(series: Sequence[Sequence[float]], title: str) -> Json:
+def _log_colors(series: Sequence[Sequence[float]]) -> Json:
     """A colour axis over log10 values that is labelled with the values."""
     vals, names = _ticks(series)
     logs = [value for row in series for value in _log(row) if value is not None and math.isfinite(value)] or [0.0]
-    bar = {"title": {"text": title}, "tickvals": _log(vals), "ticktext": names}
+    bar = {"tickvals": _log(vals), "ticktext": names}
     return {"colorscale": "Viridis", "cmin": min(logs), "cmax": max(logs), "colorbar": bar}

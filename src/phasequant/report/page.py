@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from statistics import fmean
+from statistics import NormalDist, fmean
 from typing import Any
 
 import jinja2
@@ -21,8 +21,9 @@ from plotly.offline import get_plotlyjs
 from phasequant.report import charts
 
 Json = dict[str, Any]
-MIB = 2**20
 RUNGS = {
+    "hadamard": "",
+    "diagonal": "",
     "block-hadamard": "no Hadamard matrix of the whole width: it mixes within blocks only",
     "random-orthogonal": "no Hadamard matrix of this width: a dense random rotation, costlier and less even",
     "identity": "width 1: nothing to rotate",
@@ -60,7 +61,6 @@ def context(report: Json) -> Json:
         "model": model,
         "recipe_line": recipe_line(report),
         "summary": summary(report),
-        "results": [result_row(row) for row in report["results"]],
         "figures": finite(charts.build(report)),
         "state": {
             "first": "with" if report["thresholds"]["first_token"] else "without",
@@ -72,7 +72,7 @@ def context(report: Json) -> Json:
         "sides": [side["coordinates"] for side in charts.sides(report)],
         "plans": {name: plan_rows(plan) for name, plan in report["plans"].items()},
         "bit_colors": dict(zip(charts.bit_levels(report), charts.BIT_COLORS, strict=False)),
-        "gaussian": charts.gaussian_gsr(model["d_model"]),
+        "gaussian": gaussian_gsr(model["d_model"]),
         "floor": charts.FLOOR,
         "mean_gsr": [mean_gsr(side) for side in charts.sides(report)],
         "transform": [transform_row(entry, model) for entry in report["transform"]],
@@ -113,23 +113,6 @@ def chosen_plan(report: Json) -> str:
     return next((name for name, plan in report["plans"].items() if plan == report["plan"]), next(iter(report["plans"])))
 
 
-def result_row(row: Json) -> Json:
-    """One candidate's numbers, as text."""
-    return {
-        "name": row["name"],
-        "ppl": number(row["ppl"], ".2f"),
-        "kl": number(row["kl"], ".4f"),
-        "a8": number(100 * row["a8_share"], ".1f"),
-        "weights": number(row["weight_bytes"] / MIB, ",.1f"),
-        "kv": number(row["kv_bytes_per_token"], ",.0f"),
-    }
-
-
-def number(value: float | None, form: str) -> str:
-    """A number as text; a dash where there is none."""
-    return "–" if value is None else format(value, form)
-
-
 # --- summary ------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +132,7 @@ def about_phases(report: Json) -> str:
     tokens = "the first token of a sequence" if top["first_token"] else f"tokens such as {row['tokens'][0][0]}"
     text = (
         f"Channel {top['channel']} of the residual stream reaches {row['peak']} on {tokens}, {row['times']} times the "
-        f"median: it stands out after {row['appears']}{largest_step(raw, top)}, and {row['gone']}."
+        f"median: it stands out from {row['appears']} on{largest_steps(raw, top)} and {row['gone']}."
     )
     others = sorted({phase["channel"] for phase in raw["phases"]} - {top["channel"]})
     if not others:
@@ -158,15 +141,19 @@ def about_phases(report: Json) -> str:
     return f"{text[:-1]}; {named} so too, less far."
 
 
-def largest_step(raw: Json, phase: Json) -> str:
-    """The block that adds most to a phase, where that is not the one that begins it."""
-    size = dict.fromkeys(range(phase["appears"] - 1, phase["last"] + 1), 0.0)
+def largest_steps(raw: Json, phase: Json) -> str:
+    """The blocks that add most to a phase and take most of it back, where those are not its ends."""
+    inside = range(phase["appears"], phase["last"] + 1)
+    size = dict.fromkeys((inside.start - 1, *inside, inside.stop), 0.0)
     for entry in raw["outliers"]:
         same = entry["channel"] == phase["channel"] and (entry["position"] == 0) == phase["first_token"]
-        if same and entry["block"] in size:
+        if same and entry["block"] in inside:
             size[entry["block"]] = max(size[entry["block"]], abs(entry["value"]))
-    block = max(range(phase["appears"], phase["last"] + 1), key=lambda b: size[b] - size[b - 1])
-    return "" if block == phase["appears"] else f", takes its largest step in block {block}"
+    steps = {b: size[b] - size[b - 1] for b in range(inside.start, min(inside.stop + 1, raw["blocks"]))}
+    rise, fall = max(steps, key=steps.__getitem__), min(steps, key=steps.__getitem__)
+    words = [f"rises most in block {rise}"] if rise != inside.start else []
+    words += [f"falls most in block {fall}"] if fall != inside.stop and steps[fall] < 0 else []
+    return f" ({' and '.join(words)})" if words else ""
 
 
 def about_jumps(report: Json) -> str:
@@ -210,7 +197,12 @@ def about_gsr(report: Json) -> str:
     if len(means) > 1:
         text += f" in the raw model and {means[1]:.2f} {charts.sides(report)[1]['coordinates']}"
     width = report["model"]["d_model"]
-    return f"{text}; a Gaussian row of {width} has {charts.gaussian_gsr(width):.2f}."
+    return f"{text}; a Gaussian row of {width} has {gaussian_gsr(width):.2f}."
+
+
+def gaussian_gsr(width: int) -> float:
+    """The 4-bit GSR of a Gaussian row: the median of its largest magnitude, over 7."""
+    return NormalDist().inv_cdf((1 + 0.5 ** (1 / width)) / 2) / 7
 
 
 def about_noise(report: Json) -> str:
@@ -222,8 +214,8 @@ def about_noise(report: Json) -> str:
     level = 10 * math.log10(max(top["noise"]["low"], 1e-30))
     low = bits(report["plan"]["low"])
     return (
-        f"Read in {low} bits, the input of {top['group']} in block {top['block']} disturbs the stream most, "
-        f"{level:.1f} dB against it."
+        f"Read in {low} bits, the input of {top['group']} in block {top['block']} adds most noise to the stream, "
+        f"{level:.1f} dB relative to it."
     )
 
 
@@ -285,7 +277,7 @@ def linear_macs(model: Json) -> int:
 def transform_row(entry: Json, model: Json) -> Json:
     """One place of the transform, with its cost and a word on its rung."""
     share = f"{100 * entry['macs'] / linear_macs(model):.2f} %" if entry["macs"] else "–"
-    return {**entry, "share": share, "warning": RUNGS.get(entry["rung"], "")}
+    return {**entry, "share": share, "warning": RUNGS.get(entry["rung"], f"not a Hadamard matrix: {entry['rung']}")}
 
 
 def flat(values: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
