@@ -93,9 +93,9 @@ def test_bad_models(run, saved, tmp_path):
     refused(run("eval", tmp_path / "x.bin"), "GGUF")
     (tmp_path / "x.gguf").write_bytes(b"GGUF123")
     refused(run("eval", tmp_path / "x.gguf"), "could not be loaded")
-    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(
-        tmp_path / "bert"
-    )
+    BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).save_pretrained(tmp_path / "bert")
     refused(run("quantize", tmp_path / "bert", "-o", tmp_path / "out"), "'bert'", "LLaMA", "Qwen3")
     folder = saved("llama")
     weights = folder / "model.safetensors"
@@ -131,7 +131,9 @@ def test_bad_recipes_and_plans(run, saved, tmp_path):
     refused(run("quantize", folder, "-o", out, "--set", "weights.bit=4"), "did you mean 'bits'")
     refused(run("quantize", folder, "-o", out, "--policy", "papper"), "did you mean 'paper'")
     refused(run("quantize", folder, "-o", out, "--set", "kv.group_size=7"), "kv.group_size 7")
-    refused(run("quantize", folder, "-o", out, "--set", "weights.granularity=group", "--set", "weights.group_size=7"), "7")
+    refused(
+        run("quantize", folder, "-o", out, "--set", "weights.granularity=group", "--set", "weights.group_size=7"), "7"
+    )
     refused(run("quantize", folder, "-o", out, "--device", "tpu9"), "unknown device")
     run("analyze", folder, "-o", tmp_path / "run", *CALIB)
     other = saved("qwen3")

@@ -98,7 +98,7 @@ def test_analyze_plans_without_quantizing(saved, tmp_path):
     assert found.plan.policy == "budget" and set(found.plans) == {"uniform", "paper", "threshold", "budget"}
     assert {"report.json", "report.html", "plan.json", "recipe.yaml"} <= {p.name for p in (tmp_path / "run").iterdir()}
     assert [o.coordinates for o in found.observations] == ["raw", "after quarot"]
-    with pytest.raises(PhaseQuantError, match="activations.bits below 16"):
+    with pytest.raises(PhaseQuantError, match=r"activations\.bits below 16"):
         phasequant.analyze(str(saved("llama")), "16bit")
 
 

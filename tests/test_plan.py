@@ -31,7 +31,9 @@ def observations(model_map=SMOL, coordinates="after quarot"):
     found.jump_ratio = Curve([0.3] * n, [0.3] * n)
     found.snr = {b: Curve([16.0 + 0.01 * i for i in range(n)], [16.0 + 0.01 * i for i in range(n)]) for b in ("4", "8")}
     found.groups = [
-        GroupStats(b, g, 0.45, 0.6, 0.45, 3.0, 2.0, {LOW: 1e-3 * model_map.macs(g) / 1e6}) for b in range(n) for g in GROUPS
+        GroupStats(b, g, 0.45, 0.6, 0.45, 3.0, 2.0, {LOW: 1e-3 * model_map.macs(g) / 1e6})
+        for b in range(n)
+        for g in GROUPS
     ]
     return found
 

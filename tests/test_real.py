@@ -1,4 +1,4 @@
-"""What only a real model tells: SmolLM2's perplexity, its massive activations, and a checkpoint of it that comes back."""
+"""What only a real model tells: SmolLM2's perplexity, its massive activations, a checkpoint of it that comes back."""
 
 import copy
 from dataclasses import replace

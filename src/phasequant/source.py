@@ -130,7 +130,7 @@ def _pre_tokenizer_rule(path: Path) -> str:
 
 
 def _restore_digits(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """SmolLM's tokenizer splits numbers into digits; the GGUF only names the rule, and Transformers does not apply it."""
+    """SmolLM's tokenizer splits numbers into digits; a GGUF only names the rule, and Transformers does not apply it."""
     from tokenizers import pre_tokenizers
 
     if _pre_tokenizer_rule(path) == "smollm":

@@ -10,7 +10,7 @@ iterates `step.run()`; `step.probe()` runs a block without consequence (a change
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -117,10 +117,8 @@ class BlockStream:
             for index, block in enumerate(blocks):
                 self._blocks[index] = _Catcher(block, self.arguments, index)
             for row in tokens:
-                try:
+                with suppress(_Captured):
                     decoder(input_ids=row[None].to(home), use_cache=False)
-                except _Captured:
-                    pass
         finally:
             hook.remove()
             for index, block in enumerate(blocks):

@@ -1,6 +1,5 @@
 """A directory that appears whole or not at all: written beside its place under another name, then renamed."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,7 +43,7 @@ def new_folder(target: Path, marker: str, needed: int = 0) -> Iterator[Path]:
         if target.is_dir():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / "it"
             target.rename(old)
-        os.replace(partial, target)
+        partial.replace(target)
         if old is not None:
             shutil.rmtree(old.parent, ignore_errors=True)
     except PhaseQuantError:

@@ -1,8 +1,8 @@
 """PhaseQuant as a quantization method of Transformers: registered on import, no model patched.
 
 `config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 1, "layout": {…}}`. Loading lays
-out empty `QuantLinear`s and KV quantizers on the meta device and lets Transformers fill them. A layout of a newer format
-is refused. Saving hands over codes as they are and dense tensors in the checkpoint's 16-bit type.
+out empty `QuantLinear`s and KV quantizers on the meta device and lets Transformers fill them. A layout of a newer
+format is refused. Saving hands over codes as they are and dense tensors in the checkpoint's 16-bit type.
 """
 
 from typing import Any

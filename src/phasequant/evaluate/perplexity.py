@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import exp
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ from phasequant.errors import PhaseQuantError
 
 ROWS = 256  # of logits turned into probabilities at once
 
-Candidate = PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]]
+Candidate: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]]
 """A model, or what opens one for the time of a chunk (a plan put on a shared model)."""
 
 

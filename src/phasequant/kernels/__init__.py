@@ -12,7 +12,7 @@ KERNELS: tuple[Kernel, ...] = (Int8Cpu(), Reference())
 
 
 def choose(spec: LinearSpec, device: torch.device, name: str | None = None) -> Kernel:
-    """The first kernel that can run `spec` on `device`, or the one called `name`; an error with every reason if none."""
+    """The first kernel that can run `spec` on `device`, or the one called `name`; if none, an error with reasons."""
     reasons = []
     for kernel in KERNELS:
         if name is not None and kernel.name != name:

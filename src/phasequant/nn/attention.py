@@ -8,6 +8,7 @@ then is Transformers' own SDPA over the dequantized states.
 is refitted before its first token. A cache that cannot be (static, or already filled in 16 bits) is said so once.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -67,6 +68,14 @@ def packed_layers(model: nn.Module) -> list[PackedLayer]:
     return [PackedLayer(quantizer) for quantizer in quantizers(model)]
 
 
+@cache
+def _warn_once(kind: str) -> None:
+    warn(
+        f"a {kind} holds keys and values in 16 bits (what attention reads is still rounded to the model's KV grid): "
+        "leave the cache to generate() for packed memory"
+    )
+
+
 def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Before each forward: make the cache a packed one while it is still empty."""
     if model.config._attn_implementation != ATTENTION:
@@ -74,22 +83,17 @@ def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
             f"attention '{model.config._attn_implementation}' would read a 16-bit KV cache, and this model promises "
             f"{quantizers(model)[0].spec.bits} bits: leave attn_implementation alone"
         )
-    cache = kwargs.get("past_key_values")
+    given = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
         use_cache = model.config.use_cache
-    if cache is None and use_cache:
+    if given is None and use_cache:
         kwargs["past_key_values"] = PackedCache(model)
-    elif isinstance(cache, DynamicCache) and not any(layer.get_seq_length() for layer in cache.layers):
-        cache.layers = packed_layers(model)
-        cache.layer_class_to_replicate = None
-    elif cache is not None and not all(isinstance(layer, PackedLayer) for layer in cache.layers):
-        if not getattr(model, "_phasequant_warned", False):
-            model._phasequant_warned = True
-            warn(
-                f"a {type(cache).__name__} holds keys and values in 16 bits (what attention reads is still rounded to "
-                f"the model's KV grid): leave the cache to generate() for packed memory"
-            )
+    elif isinstance(given, DynamicCache) and not any(layer.get_seq_length() for layer in given.layers):
+        given.layers = packed_layers(model)
+        given.layer_class_to_replicate = None
+    elif given is not None and not all(isinstance(layer, PackedLayer) for layer in given.layers):
+        _warn_once(type(given).__name__)
     return args, kwargs
 
 

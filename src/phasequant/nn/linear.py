@@ -10,7 +10,7 @@ does not know this package finds nothing it could mistake for a plain linear.
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from phasequant.errors import PhaseQuantError

@@ -10,8 +10,8 @@ from phasequant.observe.sweep import sweep
 __all__ = [
     "Curve",
     "GroupStats",
-    "Outlier",
     "Observations",
+    "Outlier",
     "Phase",
     "Residual",
     "TokenMap",

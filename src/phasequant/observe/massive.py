@@ -45,9 +45,9 @@ class Outlier:
 class Phase:
     """A run of blocks after each of which `channel` stands out, on the first token or on others.
 
-    `appears` is the first block it leaves, `last` the last one. `written_by` and `taken_back_by` are the blocks that raise
-    or lower its largest magnitude by more than a tenth of the peak. `times` is the largest factor over the median in the
-    run; `massive` whether it meets the definition. `tokens` counts places.
+    `appears` is the first block it leaves, `last` the last one. `written_by` and `taken_back_by` are the blocks that
+    raise or lower its largest magnitude by more than a tenth of the peak. `times` is the largest factor over the median
+    in the run; `massive` whether it meets the definition. `tokens` counts places.
     """
 
     channel: int

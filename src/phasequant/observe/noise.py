@@ -5,9 +5,9 @@ Run the block twice on the same input, once with everything in 16 bits (y) and o
 
     ν_g = median_t ‖y_g - y‖² / ‖y‖²
 
-All groups of all blocks are measured in one currency, so that a budget can be spent where it buys most. The median keeps
-a massive token, whose norm hides any noise, from speaking for the others. Costs one more forward of the block a group,
-on the first few sequences only.
+All groups of all blocks are measured in one currency, so that a budget can be spent where it buys most. The median
+keeps a massive token, whose norm hides any noise, from speaking for the others. Costs one more forward of the block a
+group, on the first few sequences only.
 """
 
 import torch

@@ -67,7 +67,7 @@ class _Inputs:
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    return linear.dense_weight() if isinstance(linear, QuantLinear) else linear.weight
+    return linear.dense_weight() if isinstance(linear, QuantLinear) else linear.get_parameter("weight")
 
 
 def _group_stats(step: Step, model_map: ModelMap, inputs: _Inputs) -> list[GroupStats]:
@@ -93,7 +93,7 @@ def _group_stats(step: Step, model_map: ModelMap, inputs: _Inputs) -> list[Group
 @contextmanager
 def reading(block: nn.Module, linears: tuple[str, ...], spec: QuantSpec | None) -> Iterator[None]:
     """Let some linears of a transformed block read their input on a grid, for a while."""
-    modules = [block.get_submodule(name) for name in linears]
+    modules = [m for m in map(block.get_submodule, linears) if isinstance(m, QuantLinear)]
     before = [module.input_spec for module in modules]
     try:
         for module in modules:

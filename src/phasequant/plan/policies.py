@@ -2,10 +2,10 @@ r"""Policies: from observations to the groups that read more bits.
 
     uniform     nobody
     paper       DynamicPTQ's fixed set: every group of blocks 0, 1, 2 and L-1 (arXiv 2606.12487, Eq 21)
-    threshold   its rule S = {ℓ : JR_ℓ > τ_JR and SNR_ℓ < τ_SNR} (Eq 20), every group of those blocks. The paper gives no
-                τ; without given ones τ_JR = median + IQR and τ_SNR = median - IQR over the blocks are taken
-    budget      groups in order of noise removed per multiply-add, until the share is spent. The noise of a group is what
-                its own low-bit input adds to the residual stream (observe.noise)
+    threshold   its rule S = {ℓ : JR_ℓ > τ_JR and SNR_ℓ < τ_SNR} (Eq 20), every group of those blocks. The paper gives
+                no τ; without given ones τ_JR = median + IQR and τ_SNR = median - IQR over the blocks are taken
+    budget      groups in order of noise removed per multiply-add, until the share is spent. The noise of a group is
+                what its own low-bit input adds to the residual stream (observe.noise)
 
 A policy is a function (recipe part, map, observations) → {place: why}. Stronger planners are more such functions.
 """
@@ -98,9 +98,10 @@ def budget(policy: PolicyPart, model_map: ModelMap, seen: Seen | None) -> dict[P
         if cost <= left:
             left -= cost
             share = 100 * cost / model_map.macs_total
+            noise = 10 * math.log10(max(g.noise[LOW], 1e-30))
             chosen[g.block, g.group] = (
-                f"rank {rank} of {len(ranked)}: adds noise of {10 * math.log10(max(g.noise[LOW], 1e-30)):.1f} dB to the residual stream "
-                f"for {share:.2f} % of the multiply-adds"
+                f"rank {rank} of {len(ranked)}: its low grid adds noise of {noise:.1f} dB to the residual stream, "
+                f"and it is {share:.2f} % of the multiply-adds"
             )
     return chosen
 

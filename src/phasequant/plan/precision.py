@@ -91,9 +91,9 @@ class PrecisionPlan:
         if made_for.get("fingerprint") != model_map.fingerprint():
             here = model_map.describe()
             raise PhaseQuantError(
-                f"the plan is for another model ({made_for.get('family')} with {made_for.get('blocks')} blocks of width "
-                f"{made_for.get('d_model')}; this is {here['family']} with {here['blocks']} of {here['d_model']}): "
-                "make one with `phasequant analyze` on this model"
+                f"the plan is for another model ({made_for.get('family')} with {made_for.get('blocks')} blocks of "
+                f"width {made_for.get('d_model')}; this is {here['family']} with {here['blocks']} of "
+                f"{here['d_model']}): make one with `phasequant analyze` on this model"
             )
         low = _spec(values["low"], "low")
         raised: dict[Place, Raised] = {}

@@ -92,8 +92,9 @@ def _transformed(
 
 def _take_gain(norm: nn.Module) -> Tensor:
     """A norm's gain; the norm keeps ones."""
-    gain = norm.weight.detach().to(WORK, copy=True)
-    norm.weight.data.fill_(1.0)
+    weight = norm.get_parameter("weight")
+    gain = weight.detach().to(WORK, copy=True)
+    weight.data.fill_(1.0)
     return gain
 
 

@@ -9,7 +9,7 @@ R2 rotates each value head (v: output, bias too; o: input). Before o the heads a
 M ⊗ R2 over the whole width; before down R4 acts on the product of the MLP; R3 on q and k after RoPE.
 
     folded   gains, R1, R2           free at inference
-    online   M: N·D/H… a token as N·N·H multiply-adds, R3, R4: two small products each (`Transform.describe` counts them)
+    online   M (heads), R3, R4       two small products each; `Transform.describe` counts the multiply-adds a token
 
 R1 is a randomized Hadamard diag(±1)·H (seed of the recipe); R2, R3, R4 are plain. Where no Hadamard matrix exists the
 ladder of `numerics.hadamard` decides, and the report says so: 9 heads take a random orthogonal M.
