@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -187,11 +186,12 @@ def test_a_disk_that_fills_up_leaves_nothing(saved, tmp_path):
 
 def test_interrupt_leaves_nothing(saved, tmp_path):
     command = [sys.executable, "-m", "phasequant.cli", "analyze", str(saved("llama")), "-o", str(tmp_path / "out")]
-    command += ["--set", "calibration.sequences=400", "--set", "calibration.seqlen=256"]
+    command += ["--set", "calibration.sequences=400", "--set", "calibration.seqlen=512"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(9)
+    assert process.stderr is not None
+    begun = next(line for line in process.stderr if "observe" in line)  # imports done, well inside the sweep
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == 130, begun + stderr
     assert "Traceback" not in stderr
     assert [p.name for p in tmp_path.iterdir()] == ["model-llama"]

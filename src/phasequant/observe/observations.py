@@ -57,7 +57,8 @@ class TokenMap:
 
 @dataclass
 class Observations:
-    """One sweep of one model. `coordinates`: raw, or the transform's name. `snr` is by bits (\"4\", \"8\")."""
+    """One sweep of one model. `coordinates`: raw, or after which transform; `snr`: by bits ("4", "8"). Of phases and
+    outliers only the strongest are kept."""
 
     coordinates: str
     blocks: int

@@ -29,6 +29,8 @@ from phasequant.stream import BlockStream, Step
 BITS = (4, 8)
 NOISE_SEQUENCES = 4
 MAP_TOKENS = 48
+KEEP_PHASES = 64
+KEEP_OUTLIERS = 512  # the strongest: a rotated residual spreads one massive value over every channel
 MAP_SEQUENCES = 4
 
 
@@ -158,6 +160,7 @@ def sweep(
     found = Observations(coordinates, model_map.shape.blocks, tokens.shape[0], tokens.shape[1])
     found.snr = {str(bits): Curve() for bits in BITS}
     maps = _TokenMaps()
+    outliers: list[Outlier] = []
 
     def depth(hidden: list[Tensor], block: int) -> None:
         """Notes on the stream after `block` (-1: the embedding)."""
@@ -173,7 +176,7 @@ def sweep(
                 text = token_text(int(tokens[sequence, position]), tokenizer)
                 value = float(h[position, channel])
                 times = round(abs(value) / median, 1)
-                found.outliers.append(Outlier(block, sequence, position, text, channel, value, times))
+                outliers.append(Outlier(block, sequence, position, text, channel, value, times))
 
     depth(stream.hidden, -1)
     for step in stream.steps(f"observe ({coordinates})"):
@@ -197,6 +200,7 @@ def sweep(
         found.groups += stats
         assert step.outputs is not None
         depth(step.outputs, step.index)
-    found.phases = phases(found.outliers, found.blocks)
+    found.phases = phases(outliers, found.blocks)[:KEEP_PHASES]
+    found.outliers = sorted(outliers, key=lambda entry: -entry.times)[:KEEP_OUTLIERS]
     found.token_map = maps.result(tokens, tokenizer)
     return found

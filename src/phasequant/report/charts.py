@@ -6,13 +6,15 @@ HTML in texts, so what comes from tokens or reasons is escaped.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import product
 from typing import Any
 
 Json = dict[str, Any]
 FLOOR = 0.247  # GSR of a uniform row
 BANDS = 6  # phases that are drawn; the table has all
+HOVER = "after block %{x}: %{y:.4g}, channel %{customdata}"
 ABOVE = 72  # pixels for a colour bar and its title
 BIT_COLORS = ("#8fa9bf", "#D55E00", "#CC79A7", "#009E73")
 SIDES = (("#D55E00", "solid"), ("#0072B2", "dash"))
@@ -32,10 +34,14 @@ def phase_label(phase: Json) -> str:
     return f"channel {phase['channel']}, {'first token' if phase['first_token'] else 'other tokens'}"
 
 
+def bits(spec: Json | None) -> int:
+    """Bits of a grid; no grid means 16."""
+    return spec["bits"] if spec else 16
+
+
 def bit_levels(report: Json) -> list[int]:
     """The bits that occur in any plan, in the order of `BIT_COLORS`."""
-    plans = report["plans"].values()
-    return sorted({*map(_low, plans), *(entry["bits"] for plan in plans for entry in plan["raised"].values())})
+    return sorted({bits(spec) for each in report["plans"].values() for spec in (each["low"], *each["raised"].values())})
 
 
 def build(report: Json) -> dict[str, Json]:
@@ -45,7 +51,7 @@ def build(report: Json) -> dict[str, Json]:
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-# --- the residual stream ------------------------------------------------------------------------------------------
+# --- the charts, in the page's order ------------------------------------------------------------------------------
 
 
 def norm(report: Json) -> Json:
@@ -54,21 +60,20 @@ def norm(report: Json) -> Json:
     curves = raw["residual"]["norm"]
     series = {"all tokens": curves["all_tokens"], "without the first token": curves["without_first"]}
     data = [_line(*item, *style, x0=-1) for item, style in zip(series.items(), SIDES, strict=True)]
-    layout = {"xaxis": _depth_axis(raw["blocks"]), "yaxis": _log_axis(series.values(), "mean ‖h‖")}
-    return _figure(data, 300, **layout, shapes=_bands(raw["phases"]))
+    axes = {"xaxis": _depth_axis(raw["blocks"]), "yaxis": _log_axis(series.values(), "mean ‖h‖")}
+    return _figure(data, 300, **axes, shapes=_bands(raw["phases"]))
 
 
 def absmax(report: Json) -> Json:
     """Largest magnitude of the residual by depth, above one lane for each of the strongest phases."""
     raw = report["observations"]["raw"]
     blocks, phases = raw["blocks"], raw["phases"][:BANDS]
-    data = _by_side(report, lambda side: side["residual"]["absmax"], x0=-1)
+    series = [side["residual"]["absmax"] for side in sides(report)]
+    data = _by_side(report, series, x0=-1)
     for trace, side in zip(data, sides(report), strict=True):
-        trace["customdata"] = side["residual"]["absmax_channel"]
-        trace["hovertemplate"] = "%{y:.4g} in channel %{customdata}"
-    lanes = 24 * len(phases)
-    inner = 240 + lanes
-    axis = {**_log_axis([trace["y"] for trace in data], "max |h|"), "domain": [(lanes + 10) / inner if lanes else 0, 1]}
+        trace |= {"customdata": side["residual"]["absmax_channel"], "hovertemplate": HOVER}
+    inner = 240 + (lanes := 24 * len(phases))  # pixels
+    axis = {**_log_axis(series, "max |h|"), "domain": [(lanes + 10) / inner if lanes else 0, 1]}
     layout: Json = {"xaxis": _depth_axis(blocks), "yaxis": axis, "shapes": _bands(phases)}
     if phases:
         layout["xaxis"]["anchor"] = "y2"
@@ -79,8 +84,8 @@ def absmax(report: Json) -> Json:
 
 def update(report: Json) -> Json:
     """Largest magnitude that each block adds."""
-    data = _by_side(report, lambda side: side["residual"]["update_absmax"])
-    return _figure(data, 300, xaxis=_block_axis(report), yaxis=_log_axis([t["y"] for t in data], "max |update|"))
+    series = [side["residual"]["update_absmax"] for side in sides(report)]
+    return _figure(_by_side(report, series), 300, xaxis=_block_axis(report), yaxis=_log_axis(series, "max |update|"))
 
 
 def _tint(phase: Json, alpha: float) -> str:
@@ -102,11 +107,8 @@ def _lane(phase: Json, row: int) -> Json:
 
 def _lane_label(phase: Json, row: int, blocks: int) -> Json:
     late = phase["appears"] > 0.45 * blocks
-    x, anchor = (phase["last"] + 0.4, "right") if late else (phase["appears"] - 0.4, "left")
-    return {"text": phase_label(phase), "xref": "x", "yref": "y2", "x": x, "xanchor": anchor, "y": row}
-
-
-# --- where blocks jump --------------------------------------------------------------------------------------------
+    place = {"x": phase["last"] + 0.5, "xanchor": "right"} if late else {"x": phase["appears"] - 0.5, "xanchor": "left"}
+    return {"text": phase_label(phase), "xref": "x", "yref": "y2", **place, "y": row, "xshift": -4 if late else 4}
 
 
 def jump(report: Json) -> Json:
@@ -122,27 +124,20 @@ def jump(report: Json) -> Json:
 def snr(report: Json) -> Json:
     """Historical Feature SNR by block, before and after the transform."""
     found, limits, data = sides(report), report["thresholds"], []
-    for bits in found[0]["snr"]:
-        for first, key in FIRST.items():
-            meta = {"bits": bits, "first": first}
-            data += _by_side(report, lambda side, b=bits, k=key: side["snr"][b][k], meta=meta)
-            data += _marks(report, found[-1]["snr"][bits][key], meta)
-    where = found[0] if limits["coordinates"] == "raw" else found[-1]
-    name = f"threshold {limits['snr']:.1f} dB, {where['coordinates']}"
-    data.append(_threshold(report, limits["snr"], name, {"bits": "4"}))
+    for width, (first, key) in product(found[0]["snr"], FIRST.items()):
+        series, meta = [side["snr"][width][key] for side in found], {"bits": width, "first": first}
+        data += [*_by_side(report, series, meta=meta), *_marks(report, series[-1], meta)]
+    where = found[0 if limits["coordinates"] == "raw" else -1]["coordinates"]
+    data.append(_threshold(report, limits["snr"], f"threshold {limits['snr']:.1f} dB, {where}", {"bits": "4"}))
     return _figure(data, 340, xaxis=_block_axis(report), yaxis={"title": {"text": "SNR, dB"}})
 
 
 def _marks(report: Json, series: Sequence[float], meta: Json) -> list[Json]:
     """Diamonds on the blocks that the chosen plan raises."""
-    found: dict[int, list[str]] = {}
-    for place in report["plan"]["raised"]:
-        block, _, group = place.partition(".")
-        found.setdefault(int(block), []).append(group)
+    blocks = sorted({int(place.split(".")[0]) for place in report["plan"]["raised"]})
     marker = {"symbol": "diamond-open", "size": 12, "color": "#009E73", "line": {"width": 2}}
-    return [{"type": "scatter", "mode": "markers", "name": "raised by the plan", "x": list(found), "marker": marker,
-             "y": [series[block] for block in found], "customdata": [", ".join(groups) for groups in found.values()],
-             "hovertemplate": "%{customdata}", "meta": meta}] if found else []  # fmt: skip
+    trace = {"type": "scatter", "mode": "markers", "name": "raised by the plan", "marker": marker, "hoverinfo": "skip"}
+    return [{**trace, "x": blocks, "y": [series[block] for block in blocks], "meta": meta}] if blocks else []
 
 
 def _threshold(report: Json, value: float, name: str, meta: Json) -> Json:
@@ -150,17 +145,13 @@ def _threshold(report: Json, value: float, name: str, meta: Json) -> Json:
     return _line(name, [value, value], "#888888", "dot", meta=meta, **flat)
 
 
-# --- what each linear reads ---------------------------------------------------------------------------------------
-
-
 def gsr(report: Json) -> Json:
     """Grid-to-std ratio, block by group, before and after the transform on one scale."""
     found, data, values = sides(report), [], [[FLOOR]]
-    for row, side in enumerate(found):
-        for kind, key in GSR_KINDS.items():
-            trace = _group_map(side, lambda g, k=key: g[k], "GSR %{customdata:.3f}", meta={"gsr": kind})
-            values += trace["z"]
-            data.append({**trace, "z": [_log(cells) for cells in trace["z"]], "yaxis": f"y{row + 1}"})
+    for (row, side), (kind, key) in product(enumerate(found), GSR_KINDS.items()):
+        trace = _group_map(side, [g[key] for g in side["groups"]], "GSR %{customdata:.3f}", meta={"gsr": kind})
+        values += trace["z"]
+        data.append({**trace, "z": [_log(cells) for cells in trace["z"]], "yaxis": f"y{row + 1}"})
     return _maps(report, data, [side["coordinates"] for side in found], _log_colors(values), "GSR")
 
 
@@ -168,7 +159,7 @@ def spikes(report: Json) -> Json:
     """QFeM's ratio of the largest token to the median one, a line a group."""
     data, values = [], []
     for index, side in enumerate(sides(report)):
-        for group, style in zip(_group_names(side), GROUPS, strict=False):
+        for group, style in zip(dict.fromkeys(g["group"] for g in side["groups"]), GROUPS, strict=False):
             values.append([g["spike_ratio"] for g in side["groups"] if g["group"] == group])
             data.append(_line(group, values[-1], *style, meta={"side": str(index)}))
     return _figure(data, 330, xaxis=_block_axis(report), yaxis=_log_axis(values, "largest / median token"))
@@ -185,8 +176,8 @@ def tokens(report: Json) -> Json:
             "hovertemplate": "%{customdata[0]}, after block %{y}<br>%{customdata[1]:.4g}<extra></extra>",
             "coloraxis": "coloraxis"}  # fmt: skip
     xaxis = {"tickvals": list(range(len(ticks))), "ticktext": ticks, "tickangle": -90, "tickfont": {"size": 10}}
-    layout = {"coloraxis": _log_colors(found["absmax"]), "annotations": [_bar_title("largest |h| of the token")]}
-    return _figure([data], height, xaxis=xaxis, yaxis=_depth_axis(depth - 1), **layout, margin={"t": ABOVE})
+    layout = {"yaxis": _depth_axis(depth - 1), "coloraxis": _log_colors(found["absmax"]), "margin": {"t": ABOVE}}
+    return _figure([data], height, **layout, xaxis=xaxis, annotations=[_bar_title("largest |h| of the token")])
 
 
 def noise(report: Json) -> Json | None:
@@ -194,9 +185,9 @@ def noise(report: Json) -> Json | None:
     side, raised = report["observations"]["transformed"], report["plan"]["raised"]
     if not all("low" in g["noise"] for g in side["groups"]):
         return None
-    trace = _group_map(side, lambda g: 10 * math.log10(max(g["noise"]["low"], 1e-30)), "%{customdata:.1f} dB")
+    levels = [10 * math.log10(max(g["noise"]["low"], 1e-12)) for g in side["groups"]]
+    trace = _group_map(side, levels, "%{customdata:.1f} dB")
     trace["text"] = [[str(raised.get(f"{b}.{group}", {}).get("bits", "")) for b in trace["x"]] for group in trace["y"]]
-    trace["texttemplate"] = "%{text}"
     return _maps(report, [trace], [""], {"colorscale": "Viridis"}, "noise / residual, dB")
 
 
@@ -205,9 +196,10 @@ def plan(report: Json) -> Json:
     side, levels, data = report["observations"]["raw"], bit_levels(report), []
     scale = [[(i + end) / len(levels), BIT_COLORS[i % 4]] for i in range(len(levels)) for end in (0, 1)]
     for name, entry in report["plans"].items():
-        low, raised = {"bits": _low(entry), "why": "the grid of all groups"}, entry["raised"]
-        trace = _group_map(side, lambda g, r=raised, o=low: r.get(f"{g['block']}.{g['group']}", o), "%{customdata}")
-        cells, trace["texttemplate"], trace["meta"] = trace["z"], "%{text}", {"policy": name}
+        low = {"bits": bits(entry["low"]), "why": "the grid of all groups"}
+        found = [entry["raised"].get(f"{g['block']}.{g['group']}", low) for g in side["groups"]]
+        trace = _group_map(side, found, "%{customdata}", meta={"policy": name})
+        cells: list[list[Json]] = trace["z"]
         trace["z"] = [[levels.index(cell["bits"]) for cell in row] for row in cells]
         trace["customdata"] = [[f"{cell['bits']} bits<br>{escape(cell['why'])}" for cell in row] for row in cells]
         trace["text"] = [["" if cell is low else str(cell["bits"]) for cell in row] for row in cells]
@@ -219,62 +211,57 @@ def plan(report: Json) -> Json:
 # --- shared parts -------------------------------------------------------------------------------------------------
 
 
-def _low(plan: Json) -> int:
-    return plan["low"]["bits"] if plan["low"] else 16
-
-
-def _group_names(side: Json) -> list[str]:
-    return list(dict.fromkeys(entry["group"] for entry in side["groups"]))
-
-
 def _line(name: str, values: Sequence[float], color: str, dash: str, **more: Any) -> Json:
     line = {"color": color, "dash": dash}
-    return {"type": "scatter", "name": name, "y": values, "line": line, "hovertemplate": "%{y:.4g}", **more}
+    return {"type": "scatter", "name": name, "y": values, "line": line, "hovertemplate": "block %{x}: %{y:.4g}", **more}
 
 
-def _by_side(report: Json, pick: Callable[[Json], list[float]], **more: Any) -> list[Json]:
+def _by_side(report: Json, series: Sequence[Sequence[float]], **more: Any) -> list[Json]:
     """A line for each side."""
-    picked = [(side["coordinates"], pick(side)) for side in sides(report)]
-    return [_line(*item, *style, **more) for item, style in zip(picked, SIDES, strict=False)]
+    names = [side["coordinates"] for side in sides(report)]
+    return [_line(name, row, *style, **more) for name, row, style in zip(names, series, SIDES, strict=False)]
 
 
-def _group_map(side: Json, pick: Callable[[Json], Any], shown: str, **more: Any) -> Json:
-    """A heat map, block by group, of what `pick` reads from each group."""
-    names = _group_names(side)
-    cells = [[pick(g) for g in side["groups"] if g["group"] == name] for name in names]
-    hover = f"block %{{x}}, %{{y}}: {shown}<extra></extra>"
+def _group_map(side: Json, values: Sequence[Any], shown: str, **more: Any) -> Json:
+    """A heat map, block by group, of a value for each entry of `groups`."""
+    names = list(dict.fromkeys(entry["group"] for entry in side["groups"]))
+    pairs = list(zip(side["groups"], values, strict=True))
+    cells = [[value for entry, value in pairs if entry["group"] == name] for name in names]
     return {"type": "heatmap", "x": list(range(side["blocks"])), "y": names, "z": cells, "customdata": cells,
-            "hovertemplate": hover, "xgap": 1, "ygap": 1, "coloraxis": "coloraxis", **more}  # fmt: skip
+            "hovertemplate": f"block %{{x}}, %{{y}}: {shown}<extra></extra>", "texttemplate": "%{text}",
+            "coloraxis": "coloraxis", "xgap": 1, "ygap": 1, **more}  # fmt: skip
 
 
 def _maps(report: Json, data: list[Json], titles: Sequence[str], colors: Json, bar: str) -> Json:
     """Maps stacked over one block axis, the first on top."""
-    inner, layout = 140 * len(titles), {}  # pixels
+    inner = 140 * len(titles)  # pixels
     tops = [1 - 140 * row / inner for row in range(len(titles))]
-    for row, top in enumerate(tops):
-        layout[f"yaxis{row + 1}"] = {"domain": [top - 112 / inner, top], "autorange": "reversed"}
-    corner = {"xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom"}
-    notes = [{**corner, "text": title, "y": top} for title, top in zip(titles, tops, strict=True)]
-    above = ABOVE if bar else 8
-    layout |= {"annotations": [*notes, _bar_title(bar)], "coloraxis": colors, "margin": {"t": above, "b": 20}}
+    domains = [[top - 112 / inner, top] for top in tops]
+    layout: Json = {f"yaxis{i}": {"domain": d, "autorange": "reversed"} for i, d in enumerate(domains, 1)}
+    margin = {"t": ABOVE if bar else 8, "b": 20}
+    layout |= {"annotations": [*map(_note, titles, tops), _bar_title(bar)], "coloraxis": colors, "margin": margin}
     layout["xaxis"] = {**_block_axis(report), "anchor": f"y{len(titles)}"}
-    return _figure(data, inner + above + 20, **layout)
+    return _figure(data, inner + margin["t"] + 20, **layout)
+
+
+def _note(text: str, y: float, **more: Any) -> Json:
+    corner = {"xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom"}
+    return {"text": text, "y": y, **corner, **more}
 
 
 def _bar_title(text: str) -> Json:
-    return {"text": text, "xref": "paper", "yref": "paper", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom",
-            "yshift": ABOVE - 18}  # fmt: skip
+    return _note(text, 1, yshift=ABOVE - 15)
 
 
 def _figure(data: list[Json], height: int, **layout: Any) -> Json:
     return {"data": data, "layout": {"height": height, **layout}}
 
 
-def _depth_axis(blocks: int, title: str = "after block (emb: the embedding)") -> Json:
+def _depth_axis(blocks: int) -> Json:
     step = _step(blocks)
     ticks = list(range(step if step > 1 else 0, blocks, step))
-    return {"title": {"text": title}, "tickvals": [-1, *ticks], "ticktext": ["emb", *map(str, ticks)],
-            "range": [-1.6, blocks - 0.4]}  # fmt: skip
+    title, names = {"text": "after block (emb: the embedding)"}, ["emb", *map(str, ticks)]
+    return {"title": title, "tickvals": [-1, *ticks], "ticktext": names, "range": [-1.6, blocks - 0.4]}
 
 
 def _block_axis(report: Json) -> Json:
@@ -292,10 +279,10 @@ def _log_axis(series: Iterable[Sequence[float]], title: str) -> Json:
 
 
 def _ticks(series: Iterable[Sequence[float]]) -> tuple[list[float], list[str]]:
-    """Round numbers, 1-2-5 or only powers of ten, that span the positive values."""
+    """Round numbers, the fewer the wider the span, around the positive values."""
     values = [value for row in series for value in row if value and 0 < value < math.inf] or [1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    steps = (1, 2, 5) if high - low <= 3 else (1,)
+    steps = ((1, 2, 3, 5, 7) if high - low < 2 else (1, 2, 5)) if high - low <= 3 else (1,)
     ticks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
     return ticks, [f"{tick:,.10g}" for tick in ticks]
 
@@ -308,5 +295,5 @@ def _log_colors(series: Sequence[Sequence[float]]) -> Json:
     """A colour axis over log10 values that is labelled with the values."""
     vals, names = _ticks(series)
     logs = [value for row in series for value in _log(row) if value is not None and math.isfinite(value)] or [0.0]
-    bar = {"tickvals": _log(vals), "ticktext": names}
-    return {"colorscale": "Viridis", "cmin": min(logs), "cmax": max(logs), "colorbar": bar}
+    colors = {"colorscale": "Viridis", "cmin": min(logs), "cmax": max(logs)}
+    return {**colors, "colorbar": {"tickvals": _log(vals), "ticktext": names}}

@@ -19,6 +19,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from phasequant.report import charts
+from phasequant.report.charts import bits
 
 Json = dict[str, Any]
 RUNGS = {
@@ -76,7 +77,7 @@ def context(report: Json) -> Json:
         "floor": charts.FLOOR,
         "mean_gsr": [mean_gsr(side) for side in charts.sides(report)],
         "transform": [transform_row(entry, model) for entry in report["transform"]],
-        "phases": [phase_row(phase, model["blocks"]) for phase in report["observations"]["raw"]["phases"]],
+        "phases": [phase_row(phase) for phase in report["observations"]["raw"]["phases"]],
         "drawn": charts.BANDS,
         "settings": list(flat(report["recipe"])),
     }
@@ -94,11 +95,6 @@ def finite(value: Any) -> Any:
 
 
 # --- header -------------------------------------------------------------------------------------------------------
-
-
-def bits(spec: Json | None) -> int:
-    """Bits of a grid; no grid means 16."""
-    return spec["bits"] if spec else 16
 
 
 def recipe_line(report: Json) -> str:
@@ -128,32 +124,17 @@ def about_phases(report: Json) -> str:
     if not raw["phases"]:
         return "No value of the residual stream stands out: none exceeds 100 and 100 times the median."
     top = raw["phases"][0]
-    row = phase_row(top, report["model"]["blocks"])
+    row = phase_row(top)
     tokens = "the first token of a sequence" if top["first_token"] else f"tokens such as {row['tokens'][0][0]}"
     text = (
         f"Channel {top['channel']} of the residual stream reaches {row['peak']} on {tokens}, {row['times']} times the "
-        f"median: it stands out from {row['appears']} on{largest_steps(raw, top)} and {row['gone']}."
+        f"median: written by {row['written']}, taken back by {row['taken_back']}."
     )
     others = sorted({phase["channel"] for phase in raw["phases"]} - {top["channel"]})
     if not others:
         return text
-    named = f"channel {others[0]} does" if len(others) == 1 else f"{len(others)} other channels do"
-    return f"{text[:-1]}; {named} so too, less far."
-
-
-def largest_steps(raw: Json, phase: Json) -> str:
-    """The blocks that add most to a phase and take most of it back, where those are not its ends."""
-    inside = range(phase["appears"], phase["last"] + 1)
-    size = dict.fromkeys((inside.start - 1, *inside, inside.stop), 0.0)
-    for entry in raw["outliers"]:
-        same = entry["channel"] == phase["channel"] and (entry["position"] == 0) == phase["first_token"]
-        if same and entry["block"] in inside:
-            size[entry["block"]] = max(size[entry["block"]], abs(entry["value"]))
-    steps = {b: size[b] - size[b - 1] for b in range(inside.start, min(inside.stop + 1, raw["blocks"]))}
-    rise, fall = max(steps, key=steps.__getitem__), min(steps, key=steps.__getitem__)
-    words = [f"rises most in block {rise}"] if rise != inside.start else []
-    words += [f"falls most in block {fall}"] if fall != inside.stop and steps[fall] < 0 else []
-    return f" ({' and '.join(words)})" if words else ""
+    named = f"Channel {others[0]} stands" if len(others) == 1 else f"{len(others)} other channels stand"
+    return f"{text} {named} out too, less far."
 
 
 def about_jumps(report: Json) -> str:
@@ -168,12 +149,14 @@ def about_jumps(report: Json) -> str:
     if not found:
         return f"No block rewrites the stream enough to drown what it held: none has a {rule}."
     top = max(found, key=ratios.__getitem__)
-    verb = "rewrites" if len(found) == 1 else "rewrite"
-    return f"{blocks_text(found)} {verb} the stream, block {top} most ({ratios[top]:.3g} times its norm): {rule}."
+    size = f"{ratios[top]:.3g} times its norm"
+    if len(found) == 1:
+        return f"Block {top} rewrites the stream ({size}): {rule}."
+    return f"{blocks_text(found)} rewrite the stream, block {top} most ({size}): {rule}."
 
 
 def blocks_text(blocks: list[int]) -> str:
-    """Blocks 0, 3 to 7 and 29."""
+    """As in: Blocks 0, 3 to 7 and 29."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:
@@ -181,8 +164,7 @@ def blocks_text(blocks: list[int]) -> str:
         else:
             runs.append([block])
     parts = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
-    joined = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    return f"Block{'s' if len(blocks) > 1 else ''} {joined}"
+    return "Blocks " + (parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}")
 
 
 def mean_gsr(side: Json) -> float:
@@ -211,11 +193,10 @@ def about_noise(report: Json) -> str:
     if not all("low" in g["noise"] for g in groups):
         return ""
     top = max(groups, key=lambda g: g["noise"]["low"])
-    level = 10 * math.log10(max(top["noise"]["low"], 1e-30))
-    low = bits(report["plan"]["low"])
+    level = f"{10 * math.log10(max(top['noise']['low'], 1e-30)):.1f} dB".replace("-", "−")
     return (
-        f"Read in {low} bits, the input of {top['group']} in block {top['block']} adds most noise to the stream, "
-        f"{level:.1f} dB relative to it."
+        f"Read in {bits(report['plan']['low'])} bits, the input of {top['group']} in block {top['block']} adds most "
+        f"noise to the stream, {level} relative to it."
     )
 
 
@@ -226,9 +207,10 @@ def about_plan(report: Json) -> str:
     if not plan["raised"]:
         return f"The plan ({plan['policy']}) raises nothing: all {total} groups read {low} bits."
     high = " or ".join(map(str, sorted({entry["bits"] for entry in plan["raised"].values()})))
+    share = f", {100 * plan['a8_share']:.1f} % of the linear multiply-adds" if high == "8" else ""
     return (
-        f"The plan ({plan['policy']}) lets {len(plan['raised'])} of {total} groups read {high} bits, "
-        f"{100 * plan['a8_share']:.1f} % of the linear multiply-adds in 8; the others stay at {low}."
+        f"The plan ({plan['policy']}) lets {len(plan['raised'])} of {total} groups read {high} bits{share}; "
+        f"the others stay at {low}."
     )
 
 
@@ -253,16 +235,21 @@ def plan_rows(plan: Json) -> Json:
     return {"policy": plan["policy"], "low": bits(plan["low"]), "a8": f"{100 * plan['a8_share']:.1f}", "rows": rows}
 
 
-def phase_row(phase: Json, blocks: int) -> Json:
+def some_blocks(blocks: list[int]) -> str:
+    """As in: blocks 28 and 29."""
+    return blocks_text(blocks).replace("Blocks", "block" if len(blocks) == 1 else "blocks") if blocks else "no block"
+
+
+def phase_row(phase: Json) -> Json:
     """One phase, as text."""
-    stays = phase["last"] + 1 >= blocks
     return {
         "kind": "massive" if phase["massive"] else "large",
         "label": charts.phase_label(phase),
         "peak": f"{phase['peak']:,.0f}",
         "times": f"{phase['times']:,.0f}",
-        "appears": f"block {phase['appears']}" if phase["appears"] >= 0 else "the embedding",
-        "gone": "stays to the end" if stays else f"is gone after block {phase['last'] + 1}",
+        "written": some_blocks(phase["written_by"]) if phase["appears"] >= 0 else "the embedding",
+        "taken_back": some_blocks(phase["taken_back_by"]),
+        "span": f"{max(phase['appears'], 0)}–{phase['last']}",
         "tokens": [(repr(text), count) for text, count in phase["tokens"]],
     }
 

@@ -1,0 +1,155 @@
+"""The report page: everything in one file, hostile text stays text, and every chart is drawn."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phasequant.report import write_page
+from phasequant.report.charts import build
+from phasequant.report.page import blocks_text, summary
+
+BLOCKS, GROUPS = 3, ("qkv", "o", "gate_up", "down")
+HOSTILE = ["</script><b>bold</b>", "\n\n", '"it\'s" & <!-- ', "<img src=x onerror=boom()>", "%{y}", " the"]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+Json = dict[str, Any]
+
+
+def observations(coordinates: str, scale: float) -> Json:
+    """One sweep, made up."""
+    curve = {"all_tokens": [9.0, 0.3, 0.8], "without_first": [8.0, 0.2, 0.7]}
+    depth = [1.0, 40.0, 900.0, 30.0]
+    outlier = {"sequence": 0, "position": 0, "token": HOSTILE[0], "channel": 5, "times": 1200.0}
+    phase = {"channel": 5, "first_token": True, "appears": 0, "last": 1, "written_by": [1], "taken_back_by": [2],
+             "peak": -900.0, "times": 1200.0,
+             "massive": True, "tokens": [[text, 1 + i] for i, text in enumerate(HOSTILE)]}  # fmt: skip
+    return {
+        "coordinates": coordinates, "blocks": BLOCKS, "sequences": 2, "length": 8, "jump_ratio": curve,
+        "snr": {"4": curve, "8": curve},
+        "residual": {"norm": {"all_tokens": depth, "without_first": depth}, "absmax": [v * scale for v in depth],
+                     "absmax_channel": [0, 5, 5, 1], "update_absmax": [40.0, 900.0, 0.0]},
+        "groups": [{"block": b, "group": g, "gsr": scale + b, "gsr_p99": 2 + b, "gsr_weight": 0.5, "absmax": 3.0,
+                    "spike_ratio": 2.0, "noise": {"low": 0.0 if b else 1e-3} if scale < 1 else {}}
+                   for b in range(BLOCKS) for g in GROUPS],
+        "outliers": [{**outlier, "block": 0, "value": 100.0}, {**outlier, "block": 1, "value": -900.0}],
+        "phases": [phase, {**phase, "channel": 6, "massive": False, "last": 2, "first_token": False}],
+        "token_map": {"tokens": HOSTILE, "places": [[0, i] for i in range(len(HOSTILE))],
+                      "absmax": [[v + i for i in range(len(HOSTILE))] for v in depth]},
+    }  # fmt: skip
+
+
+def make_report(**changes: Any) -> Json:
+    """What a demo run would write."""
+    low = {"bits": 4, "symmetric": True, "granularity": "token", "group_size": None, "clip": 0.9}
+    raised = {"0.down": {**low, "bits": 8, "why": "<i>rank 1</i>"}, "2.qkv": {"bits": 16, "why": "set by hand"}}
+    plan = {"policy": "budget", "model": {}, "a8_share": 0.1, "weights": low, "kv": low, "low": low, "raised": raised}
+    row = {"ppl": 12.5, "kl": 0.0, "a8_share": 0.0, "weight_bytes": 2**20, "kv_bytes_per_token": 64}
+    return {
+        "versions": {"phasequant": "0.1.0", "torch": "2"},
+        "model": {"name": "tiny <model>", "family": "LLaMA", "blocks": BLOCKS, "d_model": 64, "d_ffn": 96, "heads": 4,
+                  "kv_heads": 2, "d_head": 16, "vocab": 300, "notes": []},
+        "recipe": {"transform": {"method": "quarot"}, "seed": 0, "calibration": {"text": "builtin"}},
+        "calibration": {"text": "builtin", "sha256": "", "tokens_sha256": "", "sequences": 2, "seqlen": 8},
+        "transform": [{"name": "R4", "place": "before down", "where": "online", "matrix": "random-orthogonal 96",
+                       "rung": "random-orthogonal", "macs": 27648}],
+        "thresholds": {"jr": 0.5, "snr": 10.0, "coordinates": "transformed", "first_token": False, "given": False},
+        "observations": {"raw": observations("raw", 1.0), "transformed": observations("after quarot", 0.3)},
+        "plan": plan,
+        "plans": {"uniform": {**plan, "policy": "uniform", "raised": {}}, "+ budget, same share": plan},
+        "results": [{"name": "16-bit", **row}, {"name": "W4A4KV4", **row, "ppl": 20.0, "kl": None}],
+        "evaluation": {"text": "wiki.txt", "sha256": "", "chunks": 2, "seqlen": 8},
+        "seconds": 1.5,
+        **changes,
+    }  # fmt: skip
+
+
+def untransformed() -> Json:
+    """`analyze` on a recipe without transform: nothing evaluated either."""
+    report = make_report(transform=[], results=[], evaluation=None, calibration=None)
+    raw = {**report["observations"]["raw"], "phases": [], "outliers": []}
+    report["observations"] = {"raw": raw, "transformed": {**raw, "coordinates": "after none"}}
+    return report
+
+
+def test_json_is_the_report(tmp_path: Path) -> None:
+    report = make_report()
+    page = write_page(report, tmp_path)
+    assert page == tmp_path / "report.html"
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text) == report
+    assert text.endswith("}\n")
+
+
+def test_page_is_one_small_file(tmp_path: Path) -> None:
+    html = write_page(make_report(), tmp_path).read_text(encoding="utf-8")
+    assert len(html.encode()) < 5e6
+    loads = set(re.findall(r"""\b(?:src|href|action)\s*=\s*["']([^"']*)["']""", html))
+    assert {load for load in loads if not load.startswith("#")} == {"data:,", "report.json"}
+    assert not re.search(r"https?://|url\(|@import", html)
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    html = write_page(make_report(), tmp_path).read_text(encoding="utf-8")
+    for tag in ("<b>bold", "<img", "<i>rank", "<!-- ", "<model>"):
+        assert tag not in html
+    assert "&lt;/script&gt;&lt;b&gt;bold" in html
+    blob = html.split('id="figures">')[1].split("</script>")[0]
+    figures = json.loads(blob)["figures"]
+    assert "&lt;/script&gt;&lt;b&gt;bold" in figures["tokens"]["data"][0]["customdata"][0][0][0]
+    assert unescape(figures["tokens"]["layout"]["xaxis"]["ticktext"][1]) == r"'\n\n'"
+
+
+def test_tables_need_no_script(tmp_path: Path) -> None:
+    html = write_page(make_report(), tmp_path).read_text(encoding="utf-8")
+    for text in ("12.50", "W4A4KV4", "–", "random-orthogonal 96", "no Hadamard matrix", "set by hand", "-900", "0.1.0"):
+        assert text in html
+    assert "<details data-policy" in html
+
+
+def test_summary_tells_what_happened() -> None:
+    sentences = " ".join(summary(make_report()))
+    assert "Channel 5 of the residual stream reaches -900 on the first token of a sequence, 1,200 times" in sentences
+    assert "from block 0 on (rises most in block 1) and is gone after block 2; channel 6 does so too" in sentences
+    assert "Blocks 0 and 2 rewrite the stream, block 0 most (8 times its norm)" in sentences
+    assert "in the raw model and 1.30 after quarot" in sentences
+    assert "2 of 12 groups read 8 or 16 bits; the others stay at 4" in sentences
+    assert "Perplexity is 12.50 for 16-bit" in sentences
+    quiet = " ".join(summary(untransformed()))
+    assert "No value of the residual stream stands out" in quiet
+    assert "after none" not in quiet
+
+
+def test_blocks_text() -> None:
+    assert blocks_text([0, 1, 3, 4, 5, 29]) == "Blocks 0, 1, 3 to 5 and 29"
+    assert blocks_text([0, 1, 2]) == "Blocks 0 to 2"
+
+
+def test_charts_hold_plain_values() -> None:
+    report = make_report()
+    report["observations"]["raw"]["residual"]["absmax"][1] = float("nan")
+    charts = build(report)
+    assert {"norm", "absmax", "update", "jump", "snr", "gsr", "spikes", "tokens", "noise", "plan"} == set(charts)
+    assert [row[0] for row in charts["plan"]["data"][1]["z"]] == [0, 0, 0, 1]
+    assert charts["plan"]["data"][1]["text"][0] == ["", "", "16"]
+    assert "noise" not in build(untransformed())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("report", [make_report(), untransformed()], ids=["demo", "untransformed"])
+def test_charts_are_drawn(tmp_path: Path, report: Json) -> None:
+    page = write_page(report, tmp_path)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    flags += "--disable-component-update --disable-sync --virtual-time-budget=8000 --dump-dom"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment).stdout
+    assert re.search(r'<html[^>]*data-errors=""', dom), dom[:2000]
+    divs = re.split(r'(?=<div class="chart)', dom.split('id="figures"')[0])[1:]
+    assert len(divs) == len(build(report))
+    assert all('class="main-svg"' in div for div in divs)
