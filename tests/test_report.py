@@ -115,7 +115,7 @@ def test_tables_need_no_script(tmp_path: Path) -> None:
 def test_summary_tells_what_happened() -> None:
     sentences = " ".join(summary(make_report()))
     assert "Channel 5 of the residual stream reaches -900 on the first token of a sequence, 1,200 times" in sentences
-    assert "from block 0 on (rises most in block 1) and is gone after block 2; channel 6 does so too" in sentences
+    assert "written by block 1, taken back by block 2. Channel 6 stands out too" in sentences
     assert "Blocks 0 and 2 rewrite the stream, block 0 most (8 times its norm)" in sentences
     assert "in the raw model and 1.30 after quarot" in sentences
     assert "2 of 12 groups read 8 or 16 bits; the others stay at 4" in sentences
