@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import CONFIGS, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -15,6 +15,7 @@ from phasequant import pipeline
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import PackedCache, quant_linears
 from phasequant.recipe import Recipe
+from phasequant.source import wrap
 
 SMALL = ["calibration.sequences=2", "calibration.seqlen=32"]
 
@@ -242,7 +243,86 @@ def test_outputs_do_not_overwrite_what_is_not_theirs(tiny, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("words")
     with pytest.raises(PhaseQuantError, match="other files"):
         run.save(tmp_path / "mine")
+    (tmp_path / "mine" / "manifest.json").write_text('{"files": {}, "versions": {"phasequant": "1"}}')
+    with pytest.raises(PhaseQuantError, match="other files"):  # a manifest, but not of these files
+        run.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "words"
     run.save(tmp_path / "out")
     run.save(tmp_path / "out")  # an earlier result is replaced
     assert phasequant.load(tmp_path / "out") is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_failed_swap_keeps_the_earlier_result(tiny, tmp_path, monkeypatch):
+    run = quantized(tiny("llama"))
+    run.save(tmp_path / "out")
+
+    def fail(self, target):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(PhaseQuantError, match="Input/output error"):
+        run.save(tmp_path / "out")
+    monkeypatch.undo()
+    assert phasequant.load(tmp_path / "out") is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_outputs_follow_links_and_need_a_writable_place(tiny, tmp_path):
+    run = quantized(tiny("llama"))
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big")
+    run.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and phasequant.load(tmp_path / "big") is not None
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PhaseQuantError, match="not a directory"):
+        run.save(tmp_path / "file" / "out")
+
+
+def test_sampling_defaults_that_transformers_refuses_are_mended(tiny, tmp_path):
+    run = quantized(tiny("llama"))
+    run.model.generation_config.temperature = 0.6
+    run.save(tmp_path / "out")
+    assert phasequant.load(tmp_path / "out").generation_config.do_sample is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(files={}), "does not name"),
+        (lambda m: m.update(files={"config.json": 5}), "not a manifest"),
+        (lambda m: m.pop("versions"), "not a manifest"),
+    ],
+)
+def test_edited_manifests(checkpoint, change, message):
+    _edit(checkpoint / "manifest.json", change)
+    with pytest.raises(PhaseQuantError, match=message):
+        phasequant.load(checkpoint)
+
+
+def test_a_foreign_shard_is_refused(checkpoint):
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "model-00002-of-00002.safetensors")
+    with pytest.raises(PhaseQuantError, match="not of this checkpoint"):
+        phasequant.load(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_models_keep_their_type(dtype, tmp_path, tokenizer, ids):
+    make_model("llama").to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=getattr(torch, dtype))
+    run = quantized(wrap("m", model, tokenizer))
+    before = run.model(input_ids=ids, use_cache=False).logits
+    assert before.dtype == getattr(torch, dtype)
+    run.save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == dtype
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == getattr(torch, dtype)
+    assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_the_cache_may_come_by_position(tiny, ids):
+    model = quantized(tiny("llama")).model
+    cache = PackedCache(model)
+    first = model(ids[:, :5], None, None, cache, use_cache=True).logits
+    assert cache.get_seq_length() == 5 and torch.equal(first, model(input_ids=ids[:, :5], use_cache=False).logits)

@@ -66,6 +66,16 @@ def test_eval_takes_recipes_and_short_options(run, saved, text_file):
     assert 0.2 < last_json(stdout)["a8_share"] <= 0.5
 
 
+def test_a_share_asks_for_the_budget_policy(run, saved, text_file, tmp_path):
+    folder = saved("llama")
+    common = ["--text", text_file, "--chunks", 1, "--seqlen", 64, "--json", *CALIB]
+    _, stdout, _ = run("eval", folder, *common, "--a8-share", 0.5)
+    assert 0.2 < last_json(stdout)["a8_share"] <= 0.5
+    status, stdout, _ = run("eval", folder, *common, "--seed", 3)
+    assert status == 0 and last_json(stdout)["kernels"] == {"cpu-int8": 21}
+    refused(run("quantize", folder, "-o", tmp_path / "o", "--plan", "p.json", "--policy", "paper"), "--plan decides")
+
+
 def test_recipes(run):
     status, stdout, _ = run("recipes", "--json")
     assert status == 0 and "quarot" in last_json(stdout)["presets"]
@@ -134,6 +144,8 @@ def test_bad_recipes_and_plans(run, saved, tmp_path):
         run("quantize", folder, "-o", out, "--set", "weights.granularity=group", "--set", "weights.group_size=7"), "7"
     )
     refused(run("quantize", folder, "-o", out, "--device", "tpu9"), "unknown device")
+    refused(run("quantize", folder, "-o", out, "--device", "meta"), "not supported")
+    refused(run("quantize", "x" * 300, "-o", out), "too long")
     run("analyze", folder, "-o", tmp_path / "run", *CALIB)
     other = saved("qwen3")
     refused(run("quantize", other, "-o", out, "--plan", tmp_path / "run" / "plan.json"), "another model")

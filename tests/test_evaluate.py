@@ -115,3 +115,47 @@ def test_quantizing_twice_is_refused(saved, tmp_path):
         phasequant.quantize(tmp_path / "out")
     with pytest.raises(PhaseQuantError, match="already"):
         phasequant.evaluate(tmp_path / "out", recipe=Recipe.load("quarot"))
+
+
+def test_the_original_must_be_the_original(saved, text_file, tmp_path):
+    folder, other = saved("llama"), saved("qwen3")
+    phasequant.quantize(str(folder), output=tmp_path / "out")
+    options = {"text": text_file, "chunks": 1, "seqlen": 64}
+    with pytest.raises(PhaseQuantError, match="quantized itself"):
+        phasequant.evaluate(tmp_path / "out", original=tmp_path / "out", **options)
+    with pytest.raises(PhaseQuantError, match="another architecture"):
+        phasequant.evaluate(tmp_path / "out", original=other, **options)
+    with pytest.raises(PhaseQuantError, match="not quantized"):
+        phasequant.evaluate(folder, original=other, **options)
+
+
+def test_the_original_is_found_from_any_directory(saved, text_file, tmp_path, monkeypatch):
+    folder = saved("llama")
+    monkeypatch.chdir(folder.parent)
+    phasequant.quantize(f"./{folder.name}", output="out")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert phasequant.evaluate(tmp_path / "out", text=text_file, chunks=1, seqlen=64)["kl"] > 0
+
+
+def test_models_in_memory_are_models_too(tiny, text_file):
+    source, options = tiny("qwen2"), {"text": text_file, "chunks": 1, "seqlen": 64}
+    plain = phasequant.evaluate(source.model, tokenizer=source.tokenizer, **options)
+    run = phasequant.quantize(source.model, "quarot", tokenizer=source.tokenizer)
+    found = phasequant.evaluate(run, original=tiny("qwen2"), **options)
+    assert found["ppl_16bit"] == plain["ppl"] and found["kl"] > 0
+    with pytest.raises(PhaseQuantError, match="needs its tokenizer"):
+        phasequant.quantize(tiny("qwen2").model)
+    with pytest.raises(PhaseQuantError, match="not a int"):
+        phasequant.quantize(3)
+
+
+def test_a_source_is_used_up_once(tiny):
+    source = tiny("llama")
+    phasequant.quantize(source)
+    with pytest.raises(PhaseQuantError, match="quantized already"):
+        phasequant.quantize(source)
+    source = tiny("llama")
+    phasequant.analyze(source, overrides=["calibration.sequences=2", "calibration.seqlen=32"])
+    with pytest.raises(PhaseQuantError, match="transformed already"):
+        phasequant.quantize(source)

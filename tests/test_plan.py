@@ -91,6 +91,11 @@ def test_budget_is_never_exceeded_and_buys_the_best_first(share):
         assert (17, "o") in plan.raised and "rank 1 of 120" in plan.raised[17, "o"].why
 
 
+def test_policies_that_raise_nothing_are_refused():
+    with pytest.raises(PhaseQuantError, match="does not raise"):
+        make_plan(QUAROT.with_("activations.bits=8", "policy.name=paper"), SMOL, None)
+
+
 def test_policies_above_16_bits_are_refused():
     with pytest.raises(PhaseQuantError, match="16 already"):
         make_plan(QUAROT.with_("activations.bits=16", "policy.name=paper"), SMOL, None)
@@ -123,6 +128,15 @@ def test_plans_can_be_edited_by_hand():
         (lambda v: v["raised"].update({"3.qkv": {"bits": 99}}), "2 to 8"),
         (lambda v: v["raised"].update({"3.qkv": {"bit": 8}}), "bits"),
         (lambda v: v.update(rased={}), "did you mean 'raised'"),
+        (lambda v: v.update(raised=["0.qkv"]), "must be an object"),
+        (lambda v: v["low"].update(granularity="group", group_size=8), "per token or tensor, not per group"),
+        (lambda v: v["low"].update(clip="mse"), "weights only"),
+        (lambda v: v["low"].update(bits=4.5), "not valid"),
+        (lambda v: v["low"].update(symmetric="no"), "not valid"),
+        (lambda v: v["weights"].update(granularity="tensor"), "per channel or group, not per tensor"),
+        (lambda v: v["weights"].update(granularity="group", group_size=7), "does not divide"),
+        (lambda v: v["kv"].update(group_size=7), "does not divide"),
+        (lambda v: v["kv"].update(granularity="tensor", group_size=None), "per group, not per tensor"),
         (lambda v: v.pop("low"), "lacks 'low'"),
         (lambda v: v.pop("model"), "lacks 'model'"),
     ],

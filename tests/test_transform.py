@@ -102,7 +102,7 @@ def test_none_changes_nothing_but_the_linears(tiny, ids):
     assert torch.equal(logits(source.model, ids), before)
     assert len(quant_linears(source.model)) == 7 * source.map.shape.blocks
     assert all(isinstance(m, QuantLinear) for _, m in quant_linears(source.model))
-    assert source.model.config.tie_word_embeddings is True
+    assert source.model.config.tie_word_embeddings is False  # untied always, and saved so
 
 
 def test_describe_names_rungs_and_places(tiny):

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phasequant import pipeline
 from phasequant import text as texts
@@ -30,11 +32,9 @@ from phasequant.nn import kv_bytes_per_token, quant_linears
 from phasequant.observe import Observations
 from phasequant.plan import POLICIES, PrecisionPlan, Seen, make_plan, thresholds
 from phasequant.recipe import Recipe
-from phasequant.report import write_page
-from phasequant.source import Source, open_model
+from phasequant.report import is_report, write_page
+from phasequant.source import Source, open_model, wrap
 from phasequant.transform import Transform
-
-REPORT = "report.json"
 
 
 def as_recipe(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -55,25 +55,39 @@ def as_plan(plan: PrecisionPlan | str | Path | None, model_map: ModelMap) -> Pre
     return PrecisionPlan.from_json(content, model_map)
 
 
-def as_source(model: str | Path | Source, device: str = "auto") -> Source:
-    """MODEL: `demo`, a directory, a Hub id, a GGUF file, a checkpoint; or one that is open already."""
-    return model if isinstance(model, Source) else open_model(model, device)
+Model = str | Path | Source | PreTrainedModel
+"""What is accepted as MODEL: a name (see `open_model`), an open `Source`, or a Transformers model with `tokenizer=`."""
+
+
+def as_source(model: Model, device: str = "auto", tokenizer: PreTrainedTokenizerBase | None = None) -> Source:
+    """MODEL as a `Source`. A Transformers model stays where it is and is not copied."""
+    if isinstance(model, Source):
+        return model
+    if isinstance(model, (str, Path)):
+        return open_model(model, device)
+    if not isinstance(model, PreTrainedModel):
+        raise PhaseQuantError(f"MODEL is a name, a path or a Transformers model, not a {type(model).__name__}")
+    if tokenizer is None:
+        raise PhaseQuantError("a Transformers model needs its tokenizer: pass tokenizer=…")
+    return wrap(model.config._name_or_path or type(model).__name__, model, tokenizer)
 
 
 def quantize(
-    model: str | Path | Source,
+    model: Model,
     recipe: Recipe | str | Path = "quarot",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overrides: Iterable[str] = (),
     plan: PrecisionPlan | str | Path | None = None,
     output: str | Path | None = None,
     device: str = "auto",
 ) -> pipeline.Quantized:
-    """Quantize MODEL by a recipe; save it where `output` is given. A `Source` is changed in place."""
+    """Quantize MODEL by a recipe; save it where `output` is given. A `Source` or Transformers model is changed in
+    place."""
     wanted = as_recipe(recipe, overrides)
     if output is not None:
-        check_target(Path(output).expanduser(), manifest.NAME)
-    source = as_source(model, device)
+        check_target(Path(output), manifest.is_ours)
+    source = as_source(model, device, tokenizer)
     result = pipeline.run(source, wanted, as_plan(plan, source.map))
     if output is not None:
         result.save(output)
@@ -92,7 +106,7 @@ class Analysis:
     def save(self, folder: str | Path) -> Path:
         """Write report.json, report.html, plan.json and recipe.yaml; the page's path."""
         target = Path(folder).expanduser()
-        with new_folder(target, REPORT) as partial:
+        with new_folder(target, is_report) as partial:
             recipe = Recipe.from_dict(self.report["recipe"])
             (partial / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
             (partial / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
@@ -118,7 +132,7 @@ def describe(
         "model": {"name": source.name, **source.map.describe()},
         "recipe": recipe.to_dict(),
         "calibration": calibration,
-        "transform": transform.describe(source.map),
+        "transform": transform.describe(source.map, recipe.kv.bits < 16),
         "thresholds": {
             "jr": tau_jr,
             "snr": tau_snr,
@@ -131,16 +145,17 @@ def describe(
 
 
 def analyze(
-    model: str | Path | Source,
+    model: Model,
     recipe: Recipe | str | Path = "quarot",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overrides: Iterable[str] = (),
     output: str | Path | None = None,
     device: str = "auto",
 ) -> Analysis:
     """Observe MODEL before and after the recipe's transform and plan its bits; no weight is quantized.
 
-    A recipe without a policy is given `budget`. A `Source` is transformed in place.
+    A recipe without a policy is given `budget`. A `Source` or Transformers model is transformed in place.
     """
     start = time.monotonic()
     wanted = as_recipe(recipe, overrides)
@@ -149,8 +164,8 @@ def analyze(
     if wanted.policy.name == "uniform":
         wanted = wanted.with_("policy.name=budget")
     if output is not None:
-        check_target(Path(output).expanduser(), REPORT)
-    source = as_source(model, device)
+        check_target(Path(output), is_report)
+    source = as_source(model, device, tokenizer)
     made = pipeline.observe_and_transform(source, wanted, raw=True, transformed=True, noise=True)
     plans = plans_of(wanted, source.map, Seen(*made.observations))
     plan = plans[wanted.policy.name]
@@ -185,37 +200,46 @@ def figures(model: PreTrainedModel, model_map: ModelMap, found: Score, a8_share:
     }
 
 
-def _original_of(source: Source, original: str | Path | Source | None, device: str) -> Source | None:
-    name = original
-    if name is None:
-        name = manifest.read(Path(source.name).expanduser()).get("source")
+def _teacher(source: Source, found_in: str | None, original: Model | None, device: str) -> Source | None:
+    """The 16-bit original of a quantized model: the one given, or the one its manifest names."""
+    name = original if original is not None else found_in
     if name is None:
         return None
     try:
-        return as_source(name, device)
+        teacher = as_source(name, device)
     except PhaseQuantError as error:
         if original is not None:
             raise
         warn(f"the 16-bit original cannot be opened, so ppl_16bit and kl are null ({error}); name it with --original")
         return None
+    if teacher.quantized:
+        raise PhaseQuantError(f"the original '{teacher.name}' is quantized itself: name the 16-bit model (--original)")
+    if teacher.map.fingerprint() != source.map.fingerprint():
+        raise PhaseQuantError(
+            f"the original '{teacher.name}' has another architecture or size than '{source.name}': "
+            "name the model it was made from (--original)"
+        )
+    return teacher
 
 
 def evaluate(
-    model: str | Path | Source,
+    model: Model | pipeline.Quantized,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     text: str | Path = texts.BUILTIN,
     chunks: int | None = None,
     seqlen: int = 2048,
     recipe: Recipe | str | Path | None = None,
     overrides: Iterable[str] = (),
     plan: PrecisionPlan | str | Path | None = None,
-    original: str | Path | Source | None = None,
+    original: Model | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Perplexity and KL to the 16-bit original on `text`, with sizes.
 
-    - MODEL a PhaseQuant checkpoint: it is measured; its original is the one its manifest names, or `original`.
-    - MODEL anything else: the 16-bit model; with `recipe`, `overrides` or `plan` it is quantized in memory first.
+    - MODEL a PhaseQuant checkpoint or what `quantize` returned: it is measured; its original is the one it was made
+      from, or `original`.
+    - MODEL anything else: the 16-bit model; with `recipe`, `overrides` or `plan` a copy is quantized in memory first.
 
     KL is in nats a token; bytes count dense numbers at 16 bits.
     """
@@ -225,23 +249,31 @@ def evaluate(
     base = recipe if recipe is not None else ("quarot" if plan is not None else "16bit")
     wanted = as_recipe(base, overrides) if quantizes else None
     corpus = texts.find(str(text), "evaluation")
-    source = as_source(model, device)
+    made = model if isinstance(model, pipeline.Quantized) else None
+    if made is not None:
+        source = Source("in memory", made.model, made.tokenizer, made.map, quantized=True)
+    else:
+        source = as_source(model, device, tokenizer)
     if source.quantized and quantizes:
         raise PhaseQuantError(f"'{source.name}' is quantized already: evaluate it as it is, or name its original")
-    tokens = texts.cut(corpus, source.tokenizer, seqlen, chunks)
-    if chunks is not None and len(tokens) < chunks:
-        note(f"the text {corpus.source} holds {len(tokens)} chunks of {seqlen}: all are used")
+    if original is not None and not source.quantized:
+        raise PhaseQuantError(f"--original goes with a quantized MODEL, and '{source.name}' is not quantized")
+    tokens = _chunks(corpus, source, seqlen, chunks)
 
+    candidate: PreTrainedModel | None = None
+    a8_share = 0.0
+    teacher: Source | None = source
     if source.quantized:
-        teacher = _original_of(source, original, device)
-        a8_share = read_plan(Path(source.name).expanduser(), source.map).a8_share
-        candidate: PreTrainedModel | None = source.model
+        candidate = source.model
+        if made is not None:
+            a8_share, found_in = made.plan.a8_share, made.origin.get("source")
+        else:
+            folder = Path(source.name).expanduser()
+            a8_share, found_in = read_plan(folder, source.map).a8_share, manifest.read(folder).get("source")
+        teacher = _teacher(source, found_in, original, device)
     elif wanted is not None:
-        teacher = source
         run = pipeline.run(replace(source, model=copy.deepcopy(source.model)), wanted, as_plan(plan, source.map))
         a8_share, candidate = run.plan.a8_share, run.model
-    else:
-        teacher, candidate, a8_share = source, None, 0.0
     scores, teacher_score = score({"model": candidate} if candidate else {}, tokens, teacher.model if teacher else None)
     if candidate is None:
         assert teacher_score is not None
@@ -263,12 +295,23 @@ def evaluate(
     }
 
 
+def _chunks(corpus: texts.Corpus, source: Source, seqlen: int, most: int | None) -> Int[Tensor, "chunks T"]:
+    """The text's chunks; say where they are fewer or longer than the model or the caller expects."""
+    tokens = texts.cut(corpus, source.tokenizer, seqlen, most)
+    if most is not None and len(tokens) < most:
+        note(f"the text {corpus.source} holds {len(tokens)} chunks of {seqlen}: all are used")
+    longest = getattr(source.model.config, "max_position_embeddings", None)
+    if longest is not None and seqlen > longest:
+        warn(f"chunks of {seqlen} tokens are longer than the {longest} that '{source.name}' was made for")
+    return tokens
+
+
 @torch.no_grad()
-def chat(model: str | Path | Source, prompt: str, *, max_new_tokens: int = 64, device: str = "auto") -> str:
+def chat(model: Model, prompt: str, *, max_new_tokens: int = 64, tokenizer: Any = None, device: str = "auto") -> str:
     """Greedy answer to one prompt, through the model's chat template where it has one."""
     if not prompt.strip():
         raise PhaseQuantError("the prompt is empty: write something to answer")
-    source = as_source(model, device)
+    source = as_source(model, device, tokenizer)
     tokenizer = source.tokenizer
     content = prompt
     if tokenizer.chat_template:

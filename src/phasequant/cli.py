@@ -43,10 +43,20 @@ out = Console(highlight=False)
 
 
 def _overrides(
-    sets: list[str] | None, policy: str | None, share: float | None, calib: str | None, seed: int | None
+    sets: list[str] | None,
+    policy: str | None,
+    share: float | None,
+    calib: str | None,
+    seed: int | None,
+    plan: Path | None = None,
 ) -> list[str]:
+    """The short options as overrides, before those of `--set`. A share asks for the policy that spends it."""
+    if plan is not None and (policy is not None or share is not None):
+        raise PhaseQuantError("--plan decides every group's bits: leave --policy and --a8-share away")
+    if share is not None and policy is None and not any(s.startswith("policy.name=") for s in sets or []):
+        policy = "budget"
     short = {"policy.name": policy, "policy.a8_share": share, "calibration.text": calib, "seed": seed}
-    quoted = [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None]
+    quoted = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in short.items() if value is not None]
     return [*quoted, *(sets or [])]
 
 
@@ -167,7 +177,7 @@ def quantize(
     from phasequant.nn import kv_bytes_per_token
 
     set_quiet(quiet)
-    overrides = _overrides(sets, policy, a8_share, calib, seed)
+    overrides = _overrides(sets, policy, a8_share, calib, seed, plan)
     result = phasequant.quantize(
         model, recipe or "quarot", overrides=overrides, plan=plan, output=output, device=device
     )
@@ -182,7 +192,7 @@ def quantize(
         "checkpoint": str(output),
         "policy": result.plan.policy,
         "a8_share": result.plan.a8_share,
-        "raised": [f"{block}.{group}" for block, group in result.plan.raised],
+        "raised": list(result.plan.to_dict()["raised"]),
         "weight_bytes": size,
         "kv_bytes_per_token": kv_bytes,
     }
@@ -212,13 +222,9 @@ def evaluate(
     import phasequant
 
     set_quiet(quiet)
-    overrides = _overrides(sets, policy, a8_share, None, seed)
-    if calib is not None:
-        if not overrides and recipe is None and plan is None:
-            raise PhaseQuantError("--calib is what a recipe calibrates on: name one with --recipe")
-        overrides += _overrides(None, None, None, calib, None)
-    if policy is not None and recipe is None:
-        recipe = "quarot"
+    overrides = _overrides(sets, policy, a8_share, calib, seed, plan)
+    if recipe is None and any(option is not None for option in (policy, a8_share, calib, seed)):
+        recipe = "quarot"  # what these options speak of; --set alone changes the 16-bit recipe
     result = phasequant.evaluate(
         model,
         text=text,
@@ -300,6 +306,10 @@ def main() -> None:
         app(standalone_mode=True)
     except PhaseQuantError as error:
         stderr.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        stderr.print(f"error: {error.strerror or error}{place}", markup=False, style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         stderr.print("interrupted: nothing was written", markup=False)

@@ -5,9 +5,9 @@ On a terminal rich draws bars; elsewhere a plain line appears every few seconds,
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +20,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-T = TypeVar("T")
 PLAIN_EVERY_S = 5.0
 
 stderr = Console(stderr=True, highlight=False)
@@ -93,11 +92,3 @@ def progress(title: str, total: int) -> Iterator[Ticker]:
     yield tick
     if done:
         print(f"{title}: {done}/{total} in {_clock(time.monotonic() - start)}", file=sys.stderr, flush=True)
-
-
-def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """Iterate with progress."""
-    with progress(title, total) as tick:
-        for item in items:
-            yield item
-            tick()

@@ -16,14 +16,13 @@ from typing import Any
 
 from phasequant import pipeline
 from phasequant import text as texts
-from phasequant.api import REPORT, describe, figures
+from phasequant.api import describe, figures
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import check_target, new_folder
-from phasequant.console import note
 from phasequant.evaluate import score
 from phasequant.plan import PrecisionPlan, Seen, make_plan
 from phasequant.recipe import Recipe
-from phasequant.report import write_page
+from phasequant.report import is_report, write_page
 from phasequant.source import open_model
 
 UNIFORM = "QuaRot W4A4KV4"
@@ -48,10 +47,9 @@ def run_demo(
     """Run it; the report and the path of its page."""
     start = time.monotonic()
     target = output.expanduser()
-    check_target(target, REPORT)
+    check_target(target, is_report)
     recipe = Recipe.load("quarot").with_(calibration={"text": calib or texts.BUILTIN})
     corpus = texts.find(text, "evaluation")
-    note(f"opening {model}")
     source = open_model(model, device)
     tokens = texts.cut(corpus, source.tokenizer, 2048, chunks)
     work = replace(source, model=copy.deepcopy(source.model))
@@ -74,7 +72,7 @@ def run_demo(
         "evaluation": {"text": corpus.source, "sha256": corpus.sha256, "chunks": len(tokens), "seqlen": 2048},
         "seconds": round(time.monotonic() - start, 1),
     }
-    with new_folder(target, REPORT) as partial_folder:
+    with new_folder(target, is_report) as partial_folder:
         (partial_folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (partial_folder / "plan.json").write_text(chosen.to_json(), encoding="utf-8")
         write_page(report, partial_folder)

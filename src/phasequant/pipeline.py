@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phasequant import observe, text, transform, weight
 from phasequant.arch import ModelMap
-from phasequant.checkpoint import mark_quantized, save, versions
+from phasequant.checkpoint import mark_quantized, save
 from phasequant.console import note, progress, warn
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import KVQuantizer, ModelLayout, QuantLinear, attach, set_activations
+from phasequant.nn import KVQuantizer, ModelLayout, QuantLinear, attach, quant_linears, set_activations
 from phasequant.observe import Observations
 from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan, Seen, make_plan
 from phasequant.recipe import Recipe
@@ -85,7 +85,9 @@ class Transformed:
 def observe_and_transform(source: Source, recipe: Recipe, *, raw: bool, transformed: bool, noise: bool) -> Transformed:
     """Sweep the raw model, transform it in place, sweep again; each sweep only if asked for."""
     if source.quantized:
-        raise PhaseQuantError(f"'{source.name}' is a PhaseQuant checkpoint already: start from its 16-bit original")
+        raise PhaseQuantError(f"'{source.name}' is quantized already: start from its 16-bit original")
+    if quant_linears(source.model):
+        raise PhaseQuantError(f"'{source.name}' was transformed already (by an earlier analyze?): open the model anew")
     observations: list[Observations] = []
     calibration = None
     tokens = None
@@ -153,11 +155,12 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
         _online_layout(model, model_map),
         (qk.left.shape[0], qk.right.shape[0]) if qk is not None and plan.kv is not None else None,
     )
+    source.quantized = True
     mark_quantized(model, layout, str(stored).removeprefix("torch."))
     origin = {
-        "source": source.name,
+        "source": source.origin,
         "model": model_map.describe(),
-        "transform": transformed.transform.describe(model_map),
+        "transform": transformed.transform.describe(model_map, plan.kv is not None),
         "calibration": transformed.calibration,
         "a8_share": plan.a8_share,
     }
@@ -217,5 +220,4 @@ __all__ = [
     "finish",
     "observe_and_transform",
     "run",
-    "versions",
 ]

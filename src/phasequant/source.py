@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from phasequant.arch import ModelMap
+from phasequant.console import note
 from phasequant.demo_model import demo_gguf
 from phasequant.errors import PhaseQuantError
 
@@ -34,6 +35,12 @@ class Source:
     tokenizer: PreTrainedTokenizerBase
     map: ModelMap
     quantized: bool = False
+
+    @property
+    def origin(self) -> str:
+        """The name under which the model is found again from any directory."""
+        path = Path(self.name).expanduser()
+        return self.name if self.name == DEMO or not path.exists() else str(path.resolve())
 
     @property
     def device(self) -> torch.device:
@@ -63,8 +70,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise PhaseQuantError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PhaseQuantError(f"the device '{name}' was asked for, but this torch sees no CUDA device")
+    if device.type not in ("cpu", "cuda"):
+        raise PhaseQuantError(f"the device '{name}' is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PhaseQuantError(f"the device '{name}' was asked for; this torch sees {torch.cuda.device_count()} of CUDA")
     return device
 
 
@@ -111,6 +120,7 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
     model.is_quantized = False
+    tokenizer.clean_up_tokenization_spaces = False  # made for WordPiece; Transformers warns at every decode
     _restore_digits(path, tokenizer)
     return model, tokenizer
 
@@ -182,6 +192,11 @@ def open_model(name: str | Path, device: str = "auto") -> Source:
     """Load MODEL onto `device`; every failure is a `PhaseQuantError` that says what to do."""
     name = str(name)
     where = pick_device(device)
+    note(f"opening {name}")
+    if name == DEMO:
+        gguf = demo_gguf()
+        with hushed_transformers():
+            return wrap(name, *_load_gguf(gguf), where)
     path = Path(name).expanduser()
     if path.is_dir() and is_checkpoint(path):
         from phasequant.checkpoint import load  # the one arrow upwards: MODEL may be our own checkpoint
@@ -190,20 +205,23 @@ def open_model(name: str | Path, device: str = "auto") -> Source:
         with hushed_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(path))
         return Source(name, model, tokenizer, ModelMap.from_config(model.config), quantized=True)
-    if path.exists() and path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file():
         raise PhaseQuantError(f"the directory {path} has no config.json: it is not a Hugging Face model")
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        raise PhaseQuantError(f"the file {path} is not a GGUF file: give a .gguf or a model directory")
+    if not path.exists() and (name.endswith(".gguf") or name.startswith((".", "/", "~"))):
+        raise PhaseQuantError(f"the model '{name}' does not exist: give a path that does, a Hub id, or '{DEMO}'")
     with hushed_transformers():
-        if name == DEMO:
-            model, tokenizer = _load_gguf(demo_gguf())
-        elif path.is_file():
-            if path.suffix.lower() != ".gguf":
-                raise PhaseQuantError(f"the file {path} is not a GGUF file: give a .gguf or a model directory")
-            model, tokenizer = _load_gguf(path)
-        elif not path.exists() and (name.endswith(".gguf") or name.startswith((".", "/", "~"))):
-            raise PhaseQuantError(f"the model '{name}' does not exist: give a path that does, a Hub id, or '{DEMO}'")
-        else:
-            model, tokenizer = _load_dense(name, where)
+        loaded = _load_gguf(path) if path.is_file() else _load_dense(str(path) if path.is_dir() else name, where)
+    return wrap(name, *loaded, where)
+
+
+def wrap(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device | None = None
+) -> Source:
+    """A dense Transformers model in memory as a `Source`, checked; it is not copied."""
     model_map = ModelMap.from_config(model.config)
     model_map.check(model)
     check_finite(model)
-    return Source(name, model.eval().requires_grad_(False).to(where), tokenizer, model_map)
+    model = model.eval().requires_grad_(False)
+    return Source(name, model if device is None else model.to(device), tokenizer, model_map)

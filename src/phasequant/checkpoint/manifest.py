@@ -12,6 +12,7 @@ from typing import Any
 from phasequant.errors import PhaseQuantError
 
 NAME = "manifest.json"
+REQUIRED = ("config.json", "plan.json", "recipe.yaml")
 
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
@@ -38,26 +39,54 @@ def read(folder: Path) -> dict[str, Any]:
         raise PhaseQuantError(f"{folder} has no {NAME}: it is not a whole PhaseQuant checkpoint") from error
     except (OSError, ValueError) as error:
         raise PhaseQuantError(f"{folder / NAME} cannot be read ({error}): get the checkpoint again") from error
-    if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
-        raise PhaseQuantError(f"{folder / NAME} is not a manifest: get the checkpoint again")
+    if not _well_formed(values):
+        raise PhaseQuantError(f"{folder / NAME} is not a manifest of PhaseQuant's: get the checkpoint again")
     return values
+
+
+def _well_formed(values: Any) -> bool:
+    if not (isinstance(values, dict) and isinstance(values.get("files"), dict)):
+        return False
+    versions = values.get("versions")
+    entries = values["files"].values()
+    return (
+        isinstance(versions, dict)
+        and "phasequant" in versions
+        and all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in entries)
+    )
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a directory is a checkpoint and nothing else: every file in it stands in its manifest."""
+    try:
+        values = read(folder)
+    except PhaseQuantError:
+        return False
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    return found <= {NAME, *values["files"]}
 
 
 def check(folder: Path) -> dict[str, Any]:
     """Compare every file with the manifest, and return it."""
     values = read(folder)
+    for name in REQUIRED:
+        if name not in values["files"]:
+            raise PhaseQuantError(f"the manifest in {folder} does not name '{name}': it was edited; get it again")
+    for path in folder.glob("*.safetensors"):
+        if path.name not in values["files"]:
+            raise PhaseQuantError(f"'{path.name}' in {folder} is not of this checkpoint: remove it, or get it again")
     for name, entry in values["files"].items():
         path = folder / name
         if not path.is_file():
             raise PhaseQuantError(f"the checkpoint {folder} lacks '{name}': get it again")
         size = path.stat().st_size
-        if size != entry.get("bytes"):
+        if size != entry["bytes"]:
             raise PhaseQuantError(
-                f"'{name}' in {folder} has {size} bytes instead of {entry.get('bytes')}: it was cut short or edited; "
+                f"'{name}' in {folder} has {size} bytes instead of {entry['bytes']}: it was cut short or edited; "
                 "get it again"
             )
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.get("sha256"):
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 raise PhaseQuantError(
                     f"'{name}' in {folder} is not what was saved (its SHA-256 differs): it was edited or damaged; "
                     "get it again, or quantize anew"

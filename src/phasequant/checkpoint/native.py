@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from phasequant.checkpoint import manifest
 from phasequant.checkpoint.folder import new_folder
 from phasequant.checkpoint.hf import register
+from phasequant.console import warn
 from phasequant.errors import PhaseQuantError
 from phasequant.evaluate.size import weight_bytes
 from phasequant.plan import PrecisionPlan
@@ -48,7 +49,8 @@ def save(
 ) -> Path:
     """Write a checkpoint; `origin` goes into the manifest. The directory appears whole or not at all."""
     target = Path(path)
-    with new_folder(target, manifest.NAME, weight_bytes(model) + SLACK) as folder:
+    with new_folder(target, manifest.is_ours, weight_bytes(model) + SLACK) as folder:
+        _mend_generation_config(model)
         with hushed_transformers():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -60,6 +62,20 @@ def save(
         (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         manifest.write(folder, {"format": 1, "versions": versions(), **origin})
     return target
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Sampling settings without `do_sample` load with a warning, and then refuse to be saved: switch sampling on."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        config.do_sample = True
+        warn(
+            f"the model's generation config sets sampling options without do_sample; do_sample=True is saved ({error})"
+        )
 
 
 def load(

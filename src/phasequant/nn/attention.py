@@ -25,6 +25,8 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
 
 ATTENTION = "phasequant"
+CACHE_POSITION = 3  # of past_key_values in forward(input_ids, attention_mask, position_ids, past_key_values, …)
+AFTER_CACHE = ("inputs_embeds", "labels", "use_cache")
 SLOT = "kv_quantizer"  # the attribute of an attention module
 
 
@@ -83,6 +85,10 @@ def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
             f"attention '{model.config._attn_implementation}' would read a 16-bit KV cache, and this model promises "
             f"{quantizers(model)[0].spec.bits} bits: leave attn_implementation alone"
         )
+    if len(args) > CACHE_POSITION:
+        kwargs["past_key_values"] = args[CACHE_POSITION]
+        kwargs |= dict(zip(AFTER_CACHE, args[CACHE_POSITION + 1 :], strict=False))
+        args = args[:CACHE_POSITION]
     given = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:

@@ -45,7 +45,6 @@ class QuantLinear(nn.Module):
         self.input_spec = input_spec
         self.weight_spec = weight_spec
         self.online = online
-        self.kernel_name: str | None = None
         self._kernel: tuple[LinearSpec, torch.device, Kernel] | None = None
         self.weight_dense: nn.Parameter | None = None
         if weight_spec is None:
@@ -136,7 +135,7 @@ class QuantLinear(nn.Module):
         """The kernel that runs this linear on `device`."""
         spec = self.spec
         if self._kernel is None or self._kernel[0] != spec or self._kernel[1] != device:
-            self._kernel = (spec, device, choose(spec, device, self.kernel_name))
+            self._kernel = (spec, device, choose(spec, device))
         return self._kernel[2]
 
     def forward(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:

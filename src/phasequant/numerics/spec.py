@@ -27,6 +27,15 @@ class QuantSpec:
     clip: float | Literal["mse"] = 1.0
 
     def __post_init__(self) -> None:
+        for name, value, kind in (("bits", self.bits, int), ("symmetric", self.symmetric, bool)):
+            if type(value) is not kind:
+                raise PhaseQuantError(
+                    f"{name} must be {'a whole number' if kind is int else 'true or false'}: {value!r}"
+                )
+        if self.group_size is not None and type(self.group_size) is not int:
+            raise PhaseQuantError(f"group_size must be a whole number, not {self.group_size!r}")
+        if self.clip != "mse" and not isinstance(self.clip, (int, float)):
+            raise PhaseQuantError(f"clip must be a number or 'mse', not {self.clip!r}")
         if not 2 <= self.bits <= 8:
             raise PhaseQuantError(f"a grid has 2 to 8 bits, not {self.bits} (16 bits means: no grid at all)")
         if self.granularity not in GRANULARITIES:

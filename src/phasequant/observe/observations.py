@@ -1,7 +1,6 @@
-"""`Observations`: the numbers of one sweep, in plain lists. Saved with the run, so that plans and reports can be remade
-without the model."""
+"""`Observations`: the numbers of one sweep, in plain lists. They stand in report.json under `observations`, so that
+plans and reports can be remade without the model (`from_dict`)."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -76,10 +75,6 @@ class Observations:
         """One group's numbers."""
         return next(g for g in self.groups if (g.block, g.group) == (block, group))
 
-    def mean_gsr(self) -> float:
-        """GSR over all linear inputs."""
-        return sum(g.gsr for g in self.groups) / len(self.groups)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
@@ -101,11 +96,6 @@ class Observations:
             )
         except (KeyError, TypeError) as error:
             raise PhaseQuantError(f"these are not observations of a PhaseQuant run ({error})") from error
-
-    @classmethod
-    def from_json(cls, text: str) -> "Observations":
-        """From a file written by a run."""
-        return cls.from_dict(json.loads(text))
 
 
 def _phase(values: Mapping[str, Any]) -> Phase:

@@ -127,6 +127,11 @@ def make_plan(recipe: Recipe, model_map: ModelMap, seen: Seen | None) -> Precisi
             f"policy.name={policy.name} raises groups above activations.bits, which is 16 already: "
             "set activations.bits, or policy.name=uniform"
         )
+    if low is not None and policy.name != "uniform" and policy.bits <= low.bits:
+        raise PhaseQuantError(
+            f"policy.bits={policy.bits} does not raise anything above activations.bits={low.bits}: "
+            "set policy.bits higher, or policy.name=uniform"
+        )
     high = None
     if low is not None and policy.bits != 16:
         high = replace(low, bits=policy.bits, clip=policy.clip)

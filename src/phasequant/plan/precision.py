@@ -95,9 +95,11 @@ class PrecisionPlan:
                 f"width {made_for.get('d_model')}; this is {here['family']} with {here['blocks']} of "
                 f"{here['d_model']}): make one with `phasequant analyze` on this model"
             )
-        low = _spec(values["low"], "low")
+        low = _spec(values["low"], "low", "activations")
         raised: dict[Place, Raised] = {}
-        for name, entry in (values["raised"] or {}).items():
+        if not isinstance(values["raised"], dict):
+            raise PhaseQuantError("the plan's 'raised' must be an object of BLOCK.GROUP entries (empty: {})")
+        for name, entry in values["raised"].items():
             block, _, group = str(name).partition(".")
             if group not in GROUPS or not block.isdecimal() or int(block) not in model_map.blocks:
                 raise PhaseQuantError(
@@ -109,12 +111,12 @@ class PrecisionPlan:
             own = dict(entry)
             why = str(own.pop("why", "set by hand"))
             base = {**(low.to_dict() if low else {}), "clip": 1.0}
-            raised[int(block), group] = Raised(_spec({**base, **own}, name), why)
+            raised[int(block), group] = Raised(_spec({**base, **own}, name, "activations"), why)
         return cls(
             str(values.get("policy", "by hand")),
             model_map,
-            _spec(values.get("weights"), "weights"),
-            _spec(values.get("kv"), "kv"),
+            _spec(values.get("weights"), "weights", "weights", tuple(map(model_map.width_in, GROUPS))),
+            _spec(values.get("kv"), "kv", "kv", (model_map.shape.d_head,)),
             low,
             raised,
         )
@@ -129,10 +131,22 @@ class PrecisionPlan:
         return cls.from_dict(values, model_map)
 
 
-def _spec(values: Any, place: str) -> QuantSpec | None:
+ROLES = {"weights": ("channel", "group"), "kv": ("group",), "activations": ("token", "tensor")}
+"""What may share a scale, by what is quantized."""
+
+
+def _spec(values: Any, place: str, role: str, widths: tuple[int, ...] = ()) -> QuantSpec | None:
+    """A grid of a plan; it must suit its role, and its groups divide every width it is used on."""
     if values is None or (isinstance(values, dict) and values.get("bits") == 16):
         return None
     try:
-        return QuantSpec.from_dict(values)
+        spec = QuantSpec.from_dict(values)
+        if spec.granularity not in ROLES[role]:
+            raise PhaseQuantError(f"{role} are quantized per {' or '.join(ROLES[role])}, not per {spec.granularity}")
+        if spec.clip == "mse" and role != "weights":
+            raise PhaseQuantError("clip 'mse' is for weights only")
+        for width in widths:
+            spec.groups(width)
     except (PhaseQuantError, TypeError, ValueError, AttributeError) as error:
         raise PhaseQuantError(f"the plan's grid at '{place}' is not valid: {error}") from error
+    return spec

@@ -1,5 +1,5 @@
 """The report of a run: one JSON and one page."""
 
-from phasequant.report.page import write_page
+from phasequant.report.page import is_report, write_page
 
-__all__ = ["write_page"]
+__all__ = ["is_report", "write_page"]

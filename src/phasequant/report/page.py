@@ -22,6 +22,7 @@ from phasequant.report import charts
 from phasequant.report.charts import bits
 
 Json = dict[str, Any]
+FILES = {"report.json", "report.html", "plan.json", "recipe.yaml"}
 RUNGS = {
     "hadamard": "",
     "diagonal": "",
@@ -37,6 +38,16 @@ def write_page(report: Json, folder: Path) -> Path:
     page = folder / "report.html"
     page.write_text(render(report), encoding="utf-8")
     return page
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a directory is an earlier report and nothing else."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        names = {path.name for path in folder.iterdir()}
+        return "phasequant" in report["versions"] and names <= FILES
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def render(report: Json) -> str:

@@ -102,8 +102,7 @@ def _take_gain(norm: nn.Module) -> Tensor:
 def apply(model: PreTrainedModel, model_map: ModelMap, transform: Transform) -> None:
     """Change `model` in place; without quantization its logits stay what they were."""
     family = model_map.family
-    if transform.folds_norms or transform.residual is not None:
-        untie(model, model_map)
+    untie(model, model_map)
     embeddings = model.get_submodule(family.embeddings)
     head = model.get_submodule(family.head)
     if transform.residual is not None:

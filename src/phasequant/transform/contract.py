@@ -29,14 +29,15 @@ class Transform:
     qk: Rotation | None = None
     down: Rotation | None = None
 
-    def describe(self, model_map: ModelMap) -> list[dict[str, Any]]:
-        """One entry a place, for reports: which matrix, on which rung, folded or online, at what cost a token."""
+    def describe(self, model_map: ModelMap, kv: bool = True) -> list[dict[str, Any]]:
+        """One entry a place, for reports: which matrix, on which rung, folded or online, at what cost a token.
+        R3 runs only where the KV cache is quantized (`kv`)."""
         shape = model_map.shape
         places = (
             ("R1", "residual stream", self.residual, "folded", 0),
             ("R2", "values, per kv head", self.value, "folded", 0),
             ("R2·M", "heads, before o", self.heads, "online", shape.d_head),
-            ("R3", "queries and keys, after RoPE", self.qk, "online", shape.heads + shape.kv_heads),
+            ("R3", "queries and keys, after RoPE", self.qk if kv else None, "online", shape.heads + shape.kv_heads),
             ("R4", "before down", self.down, "online", 1),
         )
         found: list[dict[str, Any]] = []
