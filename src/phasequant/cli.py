@@ -76,16 +76,16 @@ def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
     title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("", no_wrap=True)
-    for column in ("perplexity", "KL nats", "A8 share", "weights", "KV/token"):
+    for column in ("perplexity", "KL nats", "A8 %", "weights MiB", "KV B/token"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row["name"],
             f"{row['ppl']:.3f}" if row["ppl"] is not None else "–",
             f"{row['kl']:.4f}" if row["kl"] is not None else "–",
-            f"{100 * row['a8_share']:.1f} %",
-            f"{row['weight_bytes'] / 2**20:.1f} MiB",
-            f"{row['kv_bytes_per_token']:,} B",
+            f"{100 * row['a8_share']:.1f}",
+            f"{row['weight_bytes'] / 2**20:.1f}",
+            f"{row['kv_bytes_per_token']:,}",
         )
     return shown
 

@@ -7,11 +7,13 @@ HTML in texts, so what comes from tokens or reasons is escaped.
 
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
+from functools import partial
+from html import escape as _escape
 from itertools import product
 from typing import Any
 
 Json = dict[str, Any]
+escape = partial(_escape, quote=False)  # Plotly shows &quot; as it stands
 FLOOR = 0.247  # GSR of a uniform row
 BANDS = 6  # phases that are drawn; the table has all
 HOVER = "after block %{x}: %{y:.4g}, channel %{customdata}"
