@@ -5,23 +5,19 @@ this (a PhaseQuant checkpoint keeps its packed codes). On a CPU everything is co
 model's own 16-bit type.
 """
 
-import contextlib
-import io
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from phasequant.arch import ModelMap
+from phasequant.checkpoint import is_checkpoint, load
 from phasequant.console import note
 from phasequant.demo_model import demo_gguf
 from phasequant.errors import PhaseQuantError
+from phasequant.surroundings import hushed_transformers, pick_device
 
 DEMO = "demo"
 
@@ -46,45 +42,6 @@ class Source:
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         return next(self.model.parameters()).device
-
-
-@contextmanager
-def hushed_transformers() -> Iterator[None]:
-    """Transformers without its progress bars and advice, for the time of a load."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader's bar ignores the switch above
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise PhaseQuantError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise PhaseQuantError(f"the device '{name}' is not supported: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PhaseQuantError(f"the device '{name}' was asked for; this torch sees {torch.cuda.device_count()} of CUDA")
-    return device
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is a PhaseQuant checkpoint."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "phasequant"
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -199,8 +156,6 @@ def open_model(name: str | Path, device: str = "auto") -> Source:
             return wrap(name, *_load_gguf(gguf), where)
     path = Path(name).expanduser()
     if path.is_dir() and is_checkpoint(path):
-        from phasequant.checkpoint import load  # the one arrow upwards: MODEL may be our own checkpoint
-
         model = load(path, device=device)
         with hushed_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(path))

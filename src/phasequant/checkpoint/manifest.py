@@ -92,3 +92,13 @@ def check(folder: Path) -> dict[str, Any]:
                     "get it again, or quantize anew"
                 )
     return values
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a PhaseQuant checkpoint."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "phasequant"

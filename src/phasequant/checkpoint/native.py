@@ -23,7 +23,7 @@ from phasequant.errors import PhaseQuantError
 from phasequant.evaluate.size import weight_bytes
 from phasequant.plan import PrecisionPlan
 from phasequant.recipe import Recipe
-from phasequant.source import hushed_transformers, is_checkpoint, pick_device
+from phasequant.surroundings import hushed_transformers, pick_device
 
 SLACK = 64 * 2**20  # tokenizer, JSON
 
@@ -94,7 +94,7 @@ def load(
         raise PhaseQuantError(f"the checkpoint {folder} does not exist")
     if verify:
         manifest.check(folder)
-    if not is_checkpoint(folder):
+    if not manifest.is_checkpoint(folder):
         raise PhaseQuantError(f"{folder} is not a PhaseQuant checkpoint (no quant_method 'phasequant' in config.json)")
     register()
     where = pick_device(device)
