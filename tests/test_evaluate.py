@@ -98,13 +98,19 @@ def test_analyze_plans_without_quantizing(saved, tmp_path):
     assert found.plan.policy == "budget" and set(found.plans) == {"uniform", "paper", "threshold", "budget"}
     assert {"report.json", "report.html", "plan.json", "recipe.yaml"} <= {p.name for p in (tmp_path / "run").iterdir()}
     assert [o.coordinates for o in found.observations] == ["raw", "after quarot"]
+    found.save(tmp_path / "run")  # an earlier report is replaced
+    (tmp_path / "run" / "mine.txt").write_text("words")
+    with pytest.raises(PhaseQuantError, match="other files"):
+        found.save(tmp_path / "run")
     with pytest.raises(PhaseQuantError, match=r"activations\.bits below 16"):
         phasequant.analyze(str(saved("llama")), "16bit")
 
 
-def test_chat_answers(saved):
+def test_chat_answers(saved, capsys):
     text = phasequant.chat(str(saved("llama")), "Hello", max_new_tokens=5)
     assert isinstance(text, str)
+    streamed = phasequant.chat(str(saved("qwen3")), "Hello", max_new_tokens=5, stream=True)
+    assert streamed in capsys.readouterr().out
     with pytest.raises(PhaseQuantError, match="prompt is empty"):
         phasequant.chat("demo", " ")
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from phasequant import pipeline
 from phasequant import text as texts
@@ -307,18 +307,30 @@ def _chunks(corpus: texts.Corpus, source: Source, seqlen: int, most: int | None)
 
 
 @torch.no_grad()
-def chat(model: Model, prompt: str, *, max_new_tokens: int = 64, tokenizer: Any = None, device: str = "auto") -> str:
-    """Greedy answer to one prompt, through the model's chat template where it has one."""
+def chat(
+    model: Model,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stream: bool = False,
+    device: str = "auto",
+) -> str:
+    """Greedy answer to one prompt, through the model's chat template where it has one; `stream` also prints it as it
+    comes."""
     if not prompt.strip():
         raise PhaseQuantError("the prompt is empty: write something to answer")
     source = as_source(model, device, tokenizer)
-    tokenizer = source.tokenizer
+    words = source.tokenizer
     content = prompt
-    if tokenizer.chat_template:
+    if words.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        content = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(content, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+        content = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = words(content, return_tensors="pt", add_special_tokens=not words.chat_template)
     inputs = {key: value.to(source.device) for key, value in inputs.items() if key != "token_type_ids"}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = source.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    pad = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
+    printer = TextStreamer(words, skip_prompt=True, skip_special_tokens=True) if stream else None
+    output = source.model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, streamer=printer
+    )
+    return words.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

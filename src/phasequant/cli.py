@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from phasequant.console import note, set_quiet, stderr
@@ -74,13 +75,13 @@ def _blocks(blocks: tuple[int, ...]) -> str:
 def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
     """Rows of figures as a person reads them."""
     title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("", no_wrap=True)
     for column in ("perplexity", "KL nats", "A8 %", "weights MiB", "KV B/token"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
-            row["name"],
+            escape(row["name"]),
             f"{row['ppl']:.3f}" if row["ppl"] is not None else "–",
             f"{row['kl']:.4f}" if row["kl"] is not None else "–",
             f"{100 * row['a8_share']:.1f}",
@@ -107,7 +108,7 @@ def demo(
     set_quiet(quiet)
     report, page = run_demo(model, output, text=text, calib=calib, chunks=chunks, device=device)
     out.print(table(report["results"], report["evaluation"]))
-    out.print(f"report: {page}", soft_wrap=True)
+    out.print(f"report: {page}", soft_wrap=True, markup=False)
     _emit({"report": str(page), "results": report["results"], "evaluation": report["evaluation"]}, as_json)
 
 
@@ -152,7 +153,7 @@ def analyze(
         soft_wrap=True,
     )
     page = output / "report.html"
-    out.print(f"report: {page}", soft_wrap=True)
+    out.print(f"report: {page}", soft_wrap=True, markup=False)
     _emit({"report": str(page), "plan": found.report["plan"], "thresholds": found.report["thresholds"]}, as_json)
 
 
@@ -187,6 +188,7 @@ def quantize(
         f"{output}: weights {size / 2**20:.1f} MiB, KV {kv_bytes:,} bytes a token, "
         f"A8 share {100 * result.plan.a8_share:.1f} %",
         soft_wrap=True,
+        markup=False,
     )
     summary = {
         "checkpoint": str(output),
@@ -268,8 +270,10 @@ def chat(
     import phasequant
 
     set_quiet(quiet)
-    answer = phasequant.chat(model, prompt, max_new_tokens=max_new_tokens, device=device)
-    print(answer)
+    live = out.is_terminal and not as_json
+    answer = phasequant.chat(model, prompt, max_new_tokens=max_new_tokens, stream=live, device=device)
+    if not live:
+        print(answer)
     _emit({"model": model, "prompt": prompt, "text": answer}, as_json)
 
 
