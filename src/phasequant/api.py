@@ -59,12 +59,14 @@ Model = str | Path | Source | PreTrainedModel
 """What is accepted as MODEL: a name (see `open_model`), an open `Source`, or a Transformers model with `tokenizer=`."""
 
 
-def as_source(model: Model, device: str = "auto", tokenizer: PreTrainedTokenizerBase | None = None) -> Source:
-    """MODEL as a `Source`. A Transformers model stays where it is and is not copied."""
+def as_source(
+    model: Model, device: str = "auto", tokenizer: PreTrainedTokenizerBase | None = None, *, stream: bool = False
+) -> Source:
+    """MODEL as a `Source`. A Transformers model stays where it is and is not copied; for `stream` see `open_model`."""
     if isinstance(model, Source):
         return model
     if isinstance(model, (str, Path)):
-        return open_model(model, device)
+        return open_model(model, device, stream=stream)
     if not isinstance(model, PreTrainedModel):
         raise PhaseQuantError(f"MODEL is a name, a path or a Transformers model, not a {type(model).__name__}")
     if tokenizer is None:
@@ -87,10 +89,11 @@ def quantize(
     wanted = as_recipe(recipe, overrides)
     if output is not None:
         check_target(Path(output), manifest.is_ours)
-    source = as_source(model, device, tokenizer)
+    source = as_source(model, device, tokenizer, stream=True)
     result = pipeline.run(source, wanted, as_plan(plan, source.map))
     if output is not None:
         result.save(output)
+    result.model.to(source.compute)
     return result
 
 
@@ -165,7 +168,7 @@ def analyze(
         wanted = wanted.with_("policy.name=budget")
     if output is not None:
         check_target(Path(output), is_report)
-    source = as_source(model, device, tokenizer)
+    source = as_source(model, device, tokenizer, stream=True)
     made = pipeline.observe_and_transform(source, wanted, raw=True, transformed=True, noise=True)
     plans = plans_of(wanted, source.map, Seen(*made.observations))
     plan = plans[wanted.policy.name]

@@ -21,10 +21,12 @@ from phasequant.checkpoint import mark_quantized, save
 from phasequant.console import note, progress, warn
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import KVQuantizer, ModelLayout, QuantLinear, attach, quant_linears, set_activations
+from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
 from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan, Seen, make_plan
 from phasequant.recipe import Recipe
 from phasequant.source import Source
+from phasequant.stream import resident
 from phasequant.transform import Transform
 
 
@@ -95,9 +97,11 @@ def observe_and_transform(source: Source, recipe: Recipe, *, raw: bool, transfor
         tokens, calibration = calibration_tokens(source, recipe)
     if raw:
         assert tokens is not None
-        observations.append(observe.sweep(source.model, source.map, tokens, tokenizer=source.tokenizer))
+        observations.append(
+            observe.sweep(source.model, source.map, tokens, tokenizer=source.tokenizer, device=source.compute)
+        )
     chosen = transform.METHODS[recipe.transform.method](source.map, recipe.seed)
-    transform.apply(source.model, source.map, chosen)
+    transform.apply(source.model, source.map, chosen, source.compute)
     for step in chosen.describe(source.map):
         if step["rung"] in ("block-hadamard", "random-orthogonal"):
             note(f"{step['name']} ({step['place']}): no Hadamard matrix of this width; taken: {step['matrix']}")
@@ -112,6 +116,7 @@ def observe_and_transform(source: Source, recipe: Recipe, *, raw: bool, transfor
                 coordinates=f"after {chosen.method}",
                 tokenizer=source.tokenizer,
                 noise={LOW: low} if noise and low is not None else None,
+                device=source.compute,
             )
         )
     return Transformed(source, recipe, chosen, observations, calibration)
@@ -132,14 +137,7 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     model, model_map = source.model, source.map
     compute = model.get_submodule(model_map.family.embeddings).weight.dtype
     if plan.weights is not None:
-        names = list(model_map.linears())
-        with progress(f"weights ({recipe.weights.method}, {plan.weights})", len(names)) as tick:
-            for _, _, name in names:
-                module = model.get_submodule(name)
-                assert isinstance(module, QuantLinear)
-                codes = weight.METHODS[recipe.weights.method](module.dense_weight(), plan.weights)
-                module.set_codes(*codes, plan.weights)
-                tick()
+        _quantize_weights(source, recipe.weights.method, plan.weights)
     stored = storage_dtype(recipe, source)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).to(compute)
@@ -167,6 +165,18 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     return Quantized(
         model, source.tokenizer, model_map, recipe, plan, transformed.transform, transformed.observations, origin
     )
+
+
+def _quantize_weights(source: Source, method: str, spec: QuantSpec) -> None:
+    """Codes for every linear, one block on the device at a time."""
+    blocks = source.map.blocks
+    with progress(f"weights ({method}, {spec})", len(blocks)) as tick:
+        for index in blocks:
+            block = source.model.get_submodule(source.map.block_name(index))
+            with resident(block, source.compute):
+                for _, module in quant_linears(block):
+                    module.set_codes(*weight.METHODS[method](module.dense_weight(), spec), spec)
+            tick()
 
 
 def _online_layout(model: PreTrainedModel, model_map: ModelMap) -> dict[str, dict[str, Any]]:

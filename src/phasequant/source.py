@@ -24,13 +24,20 @@ DEMO = "demo"
 
 @dataclass
 class Source:
-    """A model ready to be looked at: `name` is what the user typed, `quantized` whether it holds packed codes."""
+    """A model ready to be looked at: `name` is what the user typed, `quantized` whether it holds packed codes, `work`
+    the device that its blocks visit one at a time while the model stays in host memory."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     map: ModelMap
     quantized: bool = False
+    work: torch.device | None = None
+
+    @property
+    def compute(self) -> torch.device:
+        """Where blocks are brought to be computed: `work`, or where the model is."""
+        return self.work or self.device
 
     @property
     def origin(self) -> str:
@@ -145,15 +152,18 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def open_model(name: str | Path, device: str = "auto") -> Source:
-    """Load MODEL onto `device`; every failure is a `PhaseQuantError` that says what to do."""
+def open_model(name: str | Path, device: str = "auto", *, stream: bool = False) -> Source:
+    """Load MODEL onto `device`; with `stream` into host memory, from where its blocks visit the device one at a time.
+
+    Every failure is a `PhaseQuantError` that says what to do.
+    """
     name = str(name)
     where = pick_device(device)
     note(f"opening {name}")
     if name == DEMO:
         gguf = demo_gguf()
         with hushed_transformers():
-            return wrap(name, *_load_gguf(gguf), where)
+            return wrap(name, *_load_gguf(gguf), where, stream=stream)
     path = Path(name).expanduser()
     if path.is_dir() and is_checkpoint(path):
         model = load(path, device=device)
@@ -168,15 +178,22 @@ def open_model(name: str | Path, device: str = "auto") -> Source:
         raise PhaseQuantError(f"the model '{name}' does not exist: give a path that does, a Hub id, or '{DEMO}'")
     with hushed_transformers():
         loaded = _load_gguf(path) if path.is_file() else _load_dense(str(path) if path.is_dir() else name, where)
-    return wrap(name, *loaded, where)
+    return wrap(name, *loaded, where, stream=stream)
 
 
 def wrap(
-    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device | None = None
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | None = None,
+    *,
+    stream: bool = False,
 ) -> Source:
-    """A dense Transformers model in memory as a `Source`, checked; it is not copied."""
+    """A dense Transformers model in memory as a `Source`, checked; not copied, and moved only without `stream`."""
     model_map = ModelMap.from_config(model.config)
     model_map.check(model)
     check_finite(model)
     model = model.eval().requires_grad_(False)
-    return Source(name, model if device is None else model.to(device), tokenizer, model_map)
+    if device is not None and not stream:
+        model = model.to(device)
+    return Source(name, model, tokenizer, model_map, work=device if stream else None)

@@ -48,7 +48,8 @@ class _Captured(Exception):
 
 
 @contextmanager
-def _resident(block: nn.Module, device: torch.device) -> Iterator[None]:
+def resident(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Have a block on `device` for a while; whatever then stands in it goes back to where its weights were."""
     home = next(block.parameters()).device
     block.to(device)
     try:
@@ -130,7 +131,7 @@ class BlockStream:
         with progress(title, len(self._blocks)) as tick:
             for index, block in enumerate(self._blocks):
                 step = Step(index, block, self)
-                with _resident(block, self.device):
+                with resident(block, self.device):
                     yield step
                     if step.outputs is None:
                         for _ in step.run():

@@ -34,11 +34,13 @@ def to_groups(x: Float[Tensor, "*rows width"], spec: QuantSpec) -> Float[Tensor,
 
 def _range_to_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point (zeros where symmetric) for values within [low, high], low ≤ 0 ≤ high."""
+    # Divided by a tensor: CUDA multiplies by the reciprocal of a number, and the last bit would be another.
+    steps = torch.full_like(high, spec.highest)
     if spec.symmetric:
-        scale = torch.maximum(-low, high) / spec.highest
+        scale = torch.maximum(-low, high) / steps
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         return scale, torch.zeros_like(scale)
-    scale = (high - low) / spec.highest
+    scale = (high - low) / steps
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale, torch.round(-low / scale).clamp(0, spec.highest)
 

@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from phasequant.arch import ModelMap
+from phasequant.arch import GroupNames, ModelMap
 from phasequant.console import progress
 from phasequant.nn import OnlineRotation, QuantLinear, replace_module
 from phasequant.numerics import Rotation
+from phasequant.stream import resident
 from phasequant.transform.contract import Transform
 
 WORK = torch.float64
@@ -98,9 +99,21 @@ def _take_gain(norm: nn.Module) -> Tensor:
     return gain
 
 
+def _transform_group(block: nn.Module, group: GroupNames, transform: Transform, model_map: ModelMap) -> None:
+    gain = None
+    if group.norm is not None and transform.folds_norms:
+        gain = _take_gain(block.get_submodule(group.norm))
+    for name in group.linears:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        replace_module(block, name, _transformed(linear, name, group.name, gain, transform, model_map))
+
+
 @torch.no_grad()
-def apply(model: PreTrainedModel, model_map: ModelMap, transform: Transform) -> None:
-    """Change `model` in place; without quantization its logits stay what they were."""
+def apply(
+    model: PreTrainedModel, model_map: ModelMap, transform: Transform, device: torch.device | None = None
+) -> None:
+    """Change `model` in place; without quantization its logits stay what they were. Blocks visit `device`."""
     family = model_map.family
     untie(model, model_map)
     embeddings = model.get_submodule(family.embeddings)
@@ -111,15 +124,10 @@ def apply(model: PreTrainedModel, model_map: ModelMap, transform: Transform) -> 
     with progress(f"transform ({transform.method})", model_map.shape.blocks) as tick:
         for block in model_map.blocks:
             prefix = model_map.block_name(block)
-            for group in model_map.groups:
-                gain = None
-                if group.norm is not None and transform.folds_norms:
-                    gain = _take_gain(model.get_submodule(f"{prefix}.{group.norm}"))
-                for name in group.linears:
-                    linear = model.get_submodule(f"{prefix}.{name}")
-                    assert isinstance(linear, nn.Linear)
-                    module = _transformed(linear, name, group.name, gain, transform, model_map)
-                    replace_module(model, f"{prefix}.{name}", module)
+            module = model.get_submodule(prefix)
+            with resident(module, device or next(module.parameters()).device):
+                for group in model_map.groups:
+                    _transform_group(module, group, transform, model_map)
             tick()
     gain = _take_gain(model.get_submodule(family.final_norm)) if transform.folds_norms else None
     head.weight.data = _weight_in(head.weight.to(WORK), gain, transform.residual).to(head.weight.dtype)
