@@ -77,7 +77,7 @@ def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
     title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
     shown = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("", no_wrap=True)
-    for column in ("perplexity", "KL nats", "A8 %", "weights MiB", "KV B/token"):
+    for column in ("ppl", "KL nats", "A8 %", "weights MiB", "KV B/token"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
