@@ -182,7 +182,7 @@ def test_missing_file(checkpoint, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["quantization_config"].update(format=2), "format 2"),
+        (lambda c: c["quantization_config"].update(format=1), "format 1"),
         (lambda c: c["quantization_config"]["layout"].pop("weights"), "not one of PhaseQuant's"),
         (lambda c: c["quantization_config"]["layout"]["weights"].update(bits=8), "has shape"),
         (lambda c: c["quantization_config"]["layout"]["weights"].update(bitz=4), "bits"),

@@ -8,7 +8,8 @@ from phasequant.numerics import QuantSpec, spreading_rotation
 
 
 def make(bits=4, symmetric=False, size=16, rotate=True):
-    return KVQuantizer.of(QuantSpec(bits, symmetric, "group", size), 16, spreading_rotation(16) if rotate else None)
+    spec = QuantSpec(bits, symmetric, "group", size)
+    return KVQuantizer.of(spec, spec, 16, spreading_rotation(16) if rotate else None)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -22,7 +23,7 @@ def test_error_is_within_a_step(bits, symmetric, size):
     step = values.scale.float().repeat_interleave(size, -1)
     assert ((back - v).abs() <= step * 1.01).all()
     rotated = quantizer.decode(keys, torch.float32)
-    assert ((rotated - quantizer.rotate(k)).abs() <= keys.scale.float().repeat_interleave(size, -1) * 1.01).all()
+    assert ((rotated - quantizer.rotate_keys(k)).abs() <= keys.scale.float().repeat_interleave(size, -1) * 1.01).all()
 
 
 def test_bytes_are_what_is_promised():

@@ -1,10 +1,14 @@
 """Grids against the formulas by hand, packing as an identity, Hadamard matrices as orthogonal."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics import (
+    LinearMap,
     QuantSpec,
     dequantize,
     fake_quantize,
@@ -12,8 +16,11 @@ from phasequant.numerics import (
     hadamard,
     pack,
     packed_width,
+    polar,
+    procrustes_step,
     quantize,
     spreading_rotation,
+    straight_through,
     unpack,
 )
 from phasequant.numerics.hadamard import factors, is_order, table_orders
@@ -163,7 +170,7 @@ def test_table_reaches_every_multiple_of_four():
 )
 def test_every_width_has_a_rotation(width, rung):
     rotation = spreading_rotation(width, 5, randomize=True)
-    assert rotation.rung == rung and rotation.size == width
+    assert rotation.kind == rung and rotation.orthogonal and rotation.size == width
     x = torch.randn(3, width, dtype=torch.float64)
     y = rotation.apply(x)
     assert torch.allclose(rotation.apply_inverse(y), x, atol=1e-10)
@@ -178,7 +185,7 @@ def test_every_width_has_a_rotation(width, rung):
 
 def test_factors_equal_the_dense_product():
     rotation = spreading_rotation(48)
-    dense = torch.kron(rotation.left, rotation.right)
+    dense = torch.kron(rotation.left[0], rotation.right[0])
     x = torch.randn(4, 48, dtype=torch.float64)
     assert torch.allclose(rotation.apply(x), x @ dense)
 
@@ -187,3 +194,108 @@ def test_rotations_repeat_by_seed():
     x = torch.randn(2, 9, dtype=torch.float64)
     assert torch.equal(spreading_rotation(9, 1).apply(x), spreading_rotation(9, 1).apply(x))
     assert not torch.allclose(spreading_rotation(9, 1).apply(x), spreading_rotation(9, 2).apply(x))
+
+
+def maps():
+    """One of every form: dense, Kronecker, shared and own blocks, mixing of heads, scaling, with and without signs."""
+    g = torch.Generator().manual_seed(0)
+
+    def free(*shape):
+        eye = torch.eye(shape[-1], dtype=torch.float64)
+        return eye + 0.3 * torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    return {
+        "dense": LinearMap.dense(free(24, 24)),
+        "kronecker": LinearMap.kronecker(free(4, 4), free(6, 6)),
+        "blocks": LinearMap.dense(free(3, 8, 8)),
+        "shared-blocks": LinearMap("shared", free(1, 4, 4), free(1, 2, 2), blocks=3, orthogonal=False),
+        "own-kronecker": LinearMap("own", free(3, 4, 4), free(3, 2, 2), blocks=3, orthogonal=False),
+        "mixing": LinearMap("mix", free(1, 4, 4), tail=6, orthogonal=False),
+        "scaling": LinearMap.scaling(torch.rand(24, generator=g, dtype=torch.float64) + 0.5),
+        "signed": spreading_rotation(24, 3, randomize=True),
+        "heads": spreading_rotation(8, copies=3),
+    }
+
+
+@pytest.mark.parametrize("name", maps())
+def test_maps_fold_into_weights(name):
+    """(x·T)·(W·T^{-T})ᵀ = x·Wᵀ; apply, matrix, inverse and layout agree."""
+    found = maps()[name]
+    x = torch.randn(5, 24, dtype=torch.float64)
+    w = torch.randn(7, 24, dtype=torch.float64)
+    assert found.size == 24
+    y = found.apply(x)
+    assert torch.allclose(y, x @ found.matrix())
+    assert not torch.allclose(y, x, atol=1e-2)
+    assert torch.allclose(y @ found.inverse_transpose().apply(w).T, x @ w.T, atol=1e-9)
+    assert torch.allclose(found.apply_inverse(y), x, atol=1e-9)
+    again = LinearMap.from_layout(found.layout(), found.tensors())
+    assert torch.equal(again.apply(x), y) and again.macs == found.macs
+    assert found.condition() == pytest.approx(float(torch.linalg.cond(found.matrix())), rel=1e-6)
+
+
+def test_maps_of_kv_heads_repeat_for_query_heads():
+    own = LinearMap.dense(torch.randn(2, 3, 3, dtype=torch.float64))
+    y = torch.randn(4, 2, 3, dtype=torch.float64)
+    for found in (own, LinearMap.scaling(torch.rand(6, dtype=torch.float64) + 1), spreading_rotation(3, copies=2)):
+        seen = found.apply(y.flatten(1)).unflatten(-1, (2, 3)).repeat_interleave(2, 1).flatten(1)
+        assert torch.allclose(found.for_heads(2, 4).apply(y.repeat_interleave(2, 1).flatten(1)), seen)
+
+
+def test_a_map_whose_factors_do_not_fit_is_refused():
+    layout = maps()["kronecker"].layout()
+    with pytest.raises(PhaseQuantError, match="missing"):
+        LinearMap.from_layout(layout, {})
+    with pytest.raises(PhaseQuantError, match="cannot have"):
+        LinearMap.from_layout({**layout, "left": [2, 4]}, maps()["kronecker"].tensors())
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4), QuantSpec(8), QuantSpec(4, False), QuantSpec(4, False, "group", 8)])
+def test_straight_through_rounds_like_the_grid(spec):
+    x = torch.randn(6, 16)
+    assert torch.equal(straight_through(x, spec), fake_quantize(x, spec))
+    ratio = torch.full((6, spec.groups(16)), 0.7)
+    assert torch.allclose(straight_through(x, spec, ratio), fake_quantize(x, replace(spec, clip=0.7)), atol=1e-6)
+
+
+def test_straight_through_gradients():
+    """Inside the grid x passes; clipped it does not; a clip ratio moves the scale as finite differences say."""
+    spec = QuantSpec(4)
+    x = torch.tensor([[7.0, 0.4, -3.2, 6.6]], dtype=torch.float64, requires_grad=True)
+    ratio = torch.tensor([[0.6]], dtype=torch.float64, requires_grad=True)
+    y = straight_through(x, spec, ratio)
+    (y * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)).sum().backward()
+    s = 0.6  # 0.6 · 7 / 7
+    steps = x.detach() / s
+    codes = steps.round().clamp(-8, 7)
+    inside = (steps.round() == codes).double()
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    to_scale = (weights * (codes - inside * steps)).sum()
+    assert float(ratio.grad) == pytest.approx(float(to_scale))  # ds/dratio = max|x| / 7 = 1
+    expected = weights * inside[0]
+    expected[0] += to_scale * 0.6 / 7  # through the largest magnitude, which sets the scale
+    assert torch.allclose(x.grad[0], expected)
+
+
+@pytest.mark.parametrize("name", ["dense", "kronecker", "blocks", "own-kronecker", "mixing"])
+def test_procrustes_finds_a_rotation_that_was_applied(name):
+    """From the identity, B = X·R is met to rounding: at once for one factor, in a few turns for two."""
+    start = maps()[name]
+
+    def orthogonal(factor):
+        return None if factor is None else polar(factor)
+
+    target = replace(start, left=orthogonal(start.left), right=orthogonal(start.right), orthogonal=True)
+    x = torch.randn(200, 24, dtype=torch.float64)
+    b = target.apply(x)
+
+    def eye(factor):
+        return None if factor is None else torch.eye(factor.shape[-1], dtype=torch.float64).expand_as(factor)
+
+    found = replace(target, left=eye(target.left), right=eye(target.right))
+    distances = []
+    for _ in range(30):
+        found = procrustes_step(x, b, found)
+        distances.append(float((found.apply(x) - b).norm() / b.norm()))
+    assert distances[-1] < 1e-6 and all(b <= a + 1e-9 for a, b in itertools.pairwise(distances))
+    assert torch.allclose(found.apply_inverse(found.apply(x)), x)

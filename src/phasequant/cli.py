@@ -258,6 +258,78 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    model: Model,
+    recipes: Annotated[str, typer.Option("--recipes", help="presets or YAML files, with commas between")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the rows and the page; goes on there")] = Path(
+        "phasequant-compare"
+    ),
+    policies: Annotated[str, typer.Option("--policies", help="plans under which each is measured")] = "uniform,paper,budget",
+    a8_share: Annotated[float, typer.Option("--a8-share", help="share that the budget plan may spend")] = 0.125,
+    weights: Annotated[str | None, typer.Option("--weights", help="short for --set weights.method=…")] = None,
+    text: Text = "builtin",
+    calib: Calib = None,
+    chunks: Chunks = 4,
+    seqlen: Seqlen = 2048,
+    sets: Sets = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Any list of recipes on the same work: a row for each recipe and plan, KV in 16 bits and in its own."""
+    from phasequant.compare import compare as run_compare
+
+    set_quiet(quiet)
+    short = _overrides(sets, None, None, calib, seed)
+    if weights is not None:
+        short = [f"weights.method={json.dumps(weights)}", *short]
+    result, page = run_compare(
+        model, _listed(recipes), output=output, policies=_listed(policies), a8_share=a8_share, overrides=short,
+        text=text, chunks=chunks, seqlen=seqlen, device=device,
+    )  # fmt: skip
+    out.print(comparison_table(result))
+    out.print(f"page: {page}", soft_wrap=True, markup=False)
+    _emit({"page": str(page), **result}, as_json)
+    if any(row["error"] for row in result["rows"]):
+        raise typer.Exit(1)
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    """Rows of a comparison as a person reads them."""
+    evaluation = result["evaluation"]
+    full = result["original"]["ppl"]
+    title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
+    title += f"; 16-bit {full:.3f}" if full is not None else ""
+    shown = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    kinds = sorted({int(bits) for row in result["rows"] for bits in row.get("figures") or {}}, reverse=True)
+    shown.add_column("recipe", no_wrap=True)
+    shown.add_column("plan", no_wrap=True)
+    for column in ("A8 %", *(f"{what} KV{bits}" for bits in kinds for what in ("ppl", "KL"))):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for column in ("GSR", "online %", "s", "MiB"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        if row["error"]:
+            shown.add_row(escape(row["recipe"]), row["policy"], "failed:", escape(row["error"].splitlines()[0]))
+            continue
+        figures = []
+        for bits in kinds:
+            one = row["figures"].get(str(bits))
+            figures += [f"{one['ppl']:.3f}", f"{one['kl']:.3f}"] if one else ["–", "–"]
+        shown.add_row(
+            escape(row["recipe"]), row["policy"], f"{100 * row['a8_share']:.1f}", *figures, f"{row['gsr']:.3f}",
+            f"{100 * row['online_macs'] / row['macs_total']:.1f}", f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+        )  # fmt: skip
+    return shown
+
+
+@app.command()
 def chat(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="what to answer")],

@@ -1,12 +1,15 @@
 """The walk: source → observe → plan → transform → weights → a quantized model in memory.
 
-A plan is made before weights are quantized, on the transformed model that the activations will live in; weights come
-last. Everything happens in place on the source's model.
+A plan is made before what is learned for it: a transform that does not see bits (QuaRot, FRTQ …) is applied first and the
+plan made in its coordinates; one that does (FlatQuant, SpinQuant, learned clips) is drafted at all-low on a copy, the
+plan made there, and the transform then learned for that plan. Weights come last. Everything else happens in place on the
+source's model.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,16 @@ from phasequant import observe, text, transform, weight
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import mark_quantized, save
 from phasequant.console import note, progress, warn
+from phasequant.demo_model import cache_folder
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import KVQuantizer, ModelLayout, QuantLinear, attach, quant_linears, set_activations
+from phasequant.nn import KVLayout, KVQuantizer, ModelLayout, QuantLinear, attach, quant_linears, set_activations
 from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
 from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan, Seen, make_plan
 from phasequant.recipe import Recipe
 from phasequant.source import Source
 from phasequant.stream import resident
+from phasequant.surroundings import measured
 from phasequant.transform import Transform
 
 
@@ -82,14 +87,70 @@ class Transformed:
     transform: Transform
     observations: list[Observations]
     calibration: dict[str, Any] | None
+    cost: dict[str, Any] = field(default_factory=dict)
 
 
-def observe_and_transform(source: Source, recipe: Recipe, *, raw: bool, transformed: bool, noise: bool) -> Transformed:
-    """Sweep the raw model, transform it in place, sweep again; each sweep only if asked for."""
+def check_fresh(source: Source) -> None:
+    """A transform starts from a 16-bit model that carries none."""
     if source.quantized:
         raise PhaseQuantError(f"'{source.name}' is quantized already: start from its 16-bit original")
     if quant_linears(source.model):
         raise PhaseQuantError(f"'{source.name}' was transformed already (by an earlier analyze?): open the model anew")
+
+
+def learning_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences T"]:
+    """What transforms are learned from: the calibration text, in the recipe's learning sequences."""
+    wanted = recipe.learning
+    corpus = text.find(recipe.calibration.text, "calibration")
+    seqlen = wanted.seqlen
+    tokens = text.cut(corpus, source.tokenizer, seqlen, wanted.sequences)
+    if len(tokens) < wanted.sequences:
+        note(f"learning text {corpus.source} holds {len(tokens)} sequences of {seqlen}: all are used")
+    return tokens
+
+
+def learn(
+    source: Source, recipe: Recipe, plan: PrecisionPlan, *, rough: bool = False
+) -> tuple[Transform, dict[str, Any]]:
+    """The recipe's transform for a plan, and what it cost. `rough`: what may stand in for it while plans are made."""
+    method = transform.METHODS[recipe.transform.method]
+    clips = frozenset() if rough else recipe.learned_clips
+    task = transform.Task(
+        model=source.model,
+        map=source.map,
+        tokens=learning_tokens(source, recipe) if method.needs_tokens or clips else None,
+        activations=plan.activations,
+        weights=plan.weights,
+        kv=plan.kv,
+        part=recipe.transform,
+        rotation=recipe.rotation,
+        learning=recipe.learning,
+        seed=recipe.seed,
+        device=source.compute,
+        stored=storage_dtype(recipe, source),
+        learned_clips=clips,
+        kept=cache_folder() / "learned",
+    )
+    with measured(source.compute) as cost:
+        chosen = (method.rough if rough and method.rough else method.learn)(task)
+        if clips and not method.learns_clips:
+            chosen = transform.learn_clips(task, chosen)
+    return chosen, cost.to_dict()
+
+
+def observe_and_transform(
+    source: Source,
+    recipe: Recipe,
+    *,
+    raw: bool,
+    transformed: bool,
+    noise: bool,
+    plan: PrecisionPlan | None = None,
+    rough: bool = False,
+) -> Transformed:
+    """Sweep the raw model, transform it in place for `plan` (default: all low), sweep again; each sweep only if asked
+    for."""
+    check_fresh(source)
     observations: list[Observations] = []
     calibration = None
     tokens = None
@@ -100,8 +161,9 @@ def observe_and_transform(source: Source, recipe: Recipe, *, raw: bool, transfor
         observations.append(
             observe.sweep(source.model, source.map, tokens, tokenizer=source.tokenizer, device=source.compute)
         )
-    chosen = transform.METHODS[recipe.transform.method](source.map, recipe.seed)
-    transform.apply(source.model, source.map, chosen, source.compute)
+    given = plan or make_plan(recipe.with_("policy.name=uniform"), source.map, None)
+    chosen, cost = learn(source, recipe, given, rough=rough)
+    transform.apply(source.model, source.map, chosen, source.compute, storage_dtype(recipe, source))
     for step in chosen.describe(source.map):
         if step["rung"] in ("block-hadamard", "random-orthogonal"):
             note(f"{step['name']} ({step['place']}): no Hadamard matrix of this width; taken: {step['matrix']}")
@@ -119,7 +181,7 @@ def observe_and_transform(source: Source, recipe: Recipe, *, raw: bool, transfor
                 device=source.compute,
             )
         )
-    return Transformed(source, recipe, chosen, observations, calibration)
+    return Transformed(source, recipe, chosen, observations, calibration, cost)
 
 
 def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
@@ -130,52 +192,76 @@ def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
+def with_learned_clips(plan: PrecisionPlan, chosen: Transform) -> PrecisionPlan:
+    """The plan with the clips that were learned for the very bits that it gives."""
+    clips = dict(plan.clips)
+    for block in plan.model.blocks:
+        for group, learned in chosen.block(block).inputs.items():
+            spec = plan.spec(block, group)
+            if spec is not None and spec.bits == learned.bits and (block, group) not in clips:
+                clips[block, group] = float(learned.clip)
+    return replace(plan, clips=clips)
+
+
+def _kv_grids(plan: PrecisionPlan, chosen: Transform, block: int) -> tuple[QuantSpec, QuantSpec]:
+    """Grids of keys and values of one block: learned for this plan's bits, or the plan's own."""
+    assert plan.kv is not None
+    learned = chosen.block(block).kv
+    if learned is not None and learned[0].bits == plan.kv.bits:
+        return learned
+    return plan.kv, plan.kv
+
+
 @torch.no_grad()
 def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     """Quantize weights, put activations and KV on the plan's grids, round the rest to its stored type."""
-    source, recipe = transformed.source, transformed.recipe
+    source, recipe, chosen = transformed.source, transformed.recipe, transformed.transform
     model, model_map = source.model, source.map
     compute = model.get_submodule(model_map.family.embeddings).weight.dtype
+    plan = with_learned_clips(plan, chosen)
     if plan.weights is not None:
-        _quantize_weights(source, recipe.weights.method, plan.weights)
+        _quantize_weights(source, recipe.weights.method, plan.weights, chosen)
     stored = storage_dtype(recipe, source)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).to(compute)
     set_activations(model, model_map, plan.activations)
-    qk = transformed.transform.qk
+    layouts: dict[int, KVLayout] = {}
     if plan.kv is not None:
-        spec, d_head = plan.kv, model_map.shape.d_head
-        attach(model, model_map, lambda: KVQuantizer.of(spec, d_head, qk).to(source.device))
-    layout = ModelLayout(
-        plan.weights,
-        plan.kv,
-        plan.activations,
-        _online_layout(model, model_map),
-        (qk.left.shape[0], qk.right.shape[0]) if qk is not None and plan.kv is not None else None,
-    )
+
+        def make(block: int) -> KVQuantizer:
+            keys, values = _kv_grids(plan, chosen, block)
+            made = KVQuantizer.of(keys, values, model_map.shape.d_head, chosen.block(block).qk)
+            layouts[block] = made.layout
+            return made.to(source.device)
+
+        attach(model, model_map, make)
+    layout = ModelLayout(plan.weights, layouts, plan.activations, _online_layout(model, model_map))
     source.quantized = True
     mark_quantized(model, layout, str(stored).removeprefix("torch."))
     origin = {
         "source": source.origin,
         "model": model_map.describe(),
-        "transform": transformed.transform.describe(model_map, plan.kv is not None),
+        "transform": chosen.describe(model_map, plan.kv is not None),
         "calibration": transformed.calibration,
         "a8_share": plan.a8_share,
+        "learning": transformed.cost,
     }
-    return Quantized(
-        model, source.tokenizer, model_map, recipe, plan, transformed.transform, transformed.observations, origin
-    )
+    return Quantized(model, source.tokenizer, model_map, recipe, plan, chosen, transformed.observations, origin)
 
 
-def _quantize_weights(source: Source, method: str, spec: QuantSpec) -> None:
-    """Codes for every linear, one block on the device at a time."""
+def _quantize_weights(source: Source, method: str, spec: QuantSpec, chosen: Transform) -> None:
+    """Codes for every linear, one block on the device at a time; learned clips where there are."""
     blocks = source.map.blocks
     with progress(f"weights ({method}, {spec})", len(blocks)) as tick:
         for index in blocks:
             block = source.model.get_submodule(source.map.block_name(index))
+            clips = chosen.block(index).weight_clips
             with resident(block, source.compute):
-                for _, module in quant_linears(block):
-                    module.set_codes(*weight.METHODS[method](module.dense_weight(), spec), spec)
+                for name, module in quant_linears(block):
+                    learned = clips.get(name)
+                    if learned is not None:
+                        learned = learned.to(module.dense_weight().device)
+                    module.set_codes(*weight.METHODS[method](module.dense_weight(), spec, learned), spec)
             tick()
 
 
@@ -202,22 +288,46 @@ def check_plan(plan: PrecisionPlan, recipe: Recipe, source: Source) -> None:
             warn(f"the plan gives {part} {given or '16 bits'}, the recipe {wanted or '16 bits'}: the plan is followed")
 
 
+def sees_plan(recipe: Recipe) -> bool:
+    """Whether the recipe's transform, or its clips, are learned for the bits that a plan gives."""
+    return transform.METHODS[recipe.transform.method].sees_plan or bool(recipe.learned_clips)
+
+
+def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, PrecisionPlan]:
+    """The recipe's plan, observing only what its policy needs, and its transform, learned for that plan."""
+    name, raw_only = recipe.policy.name, recipe.policy.coordinates == "raw"
+    raw = name == "threshold" and raw_only
+    after = name in NEEDS_OBSERVATIONS and not raw
+    noise = name in NEEDS_NOISE
+    if not sees_plan(recipe):
+        made = observe_and_transform(source, recipe, raw=raw, transformed=after, noise=noise)
+        seen = Seen(*made.observations) if made.observations else None
+        return made, make_plan(recipe, source.map, seen)
+    # A plan comes before what is learned for it: it is made on a copy, which carries the transform learned at all-low.
+    observations: list[Observations] = []
+    calibration = None
+    if raw:
+        check_fresh(source)
+        tokens, calibration = calibration_tokens(source, recipe)
+        observations = [
+            observe.sweep(source.model, source.map, tokens, tokenizer=source.tokenizer, device=source.compute)
+        ]
+    if after:
+        copied = replace(source, model=copy.deepcopy(source.model))
+        draft = observe_and_transform(copied, recipe, raw=False, transformed=True, noise=noise, rough=True)
+        observations, calibration = draft.observations, draft.calibration
+    plan = make_plan(recipe, source.map, Seen(*observations) if observations else None)
+    made = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
+    return replace(made, observations=observations, calibration=calibration), plan
+
+
 def run(source: Source, recipe: Recipe, plan: PrecisionPlan | None = None) -> Quantized:
     """Everything, observing only what the policy needs. In place on the source's model."""
     if plan is not None:
         check_plan(plan, recipe, source)
-        transformed = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False)
-        return finish(transformed, plan)
-    name, raw_only = recipe.policy.name, recipe.policy.coordinates == "raw"
-    transformed = observe_and_transform(
-        source,
-        recipe,
-        raw=name == "threshold" and raw_only,
-        transformed=name in NEEDS_OBSERVATIONS and not (name == "threshold" and raw_only),
-        noise=name in NEEDS_NOISE,
-    )
-    seen = Seen(*transformed.observations) if transformed.observations else None
-    made = make_plan(recipe, source.map, seen)
+        given = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
+        return finish(given, plan)
+    transformed, made = plan_and_transform(source, recipe)
     note(f"plan: {made.policy}, {len(made.raised)} groups raised, A8 share {100 * made.a8_share:.1f} %")
     return finish(transformed, made)
 
@@ -228,6 +338,9 @@ __all__ = [
     "calibration_tokens",
     "check_plan",
     "finish",
+    "learn",
     "observe_and_transform",
+    "plan_and_transform",
     "run",
+    "sees_plan",
 ]

@@ -22,6 +22,11 @@ Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
+def _start(clip: float | str) -> float:
+    """A grid's clip before anything is learned."""
+    return 1.0 if clip == "learned" else float(clip)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -29,7 +34,73 @@ class _Part(BaseModel):
 class TransformPart(_Part):
     """Making activations flat."""
 
-    method: Literal["none", "quarot"] = Field("none", description="which rotations: none; quarot (fixed Hadamard)")
+    method: Literal["none", "quarot", "smooth", "dfrot", "frtq", "spin", "flat", "wush", "load"] = Field(
+        "none",
+        description="none; quarot (fixed Hadamard); smooth (scale migration); dfrot, frtq (rotations by Procrustes); "
+        "spin (rotations learned end to end); flat (Kronecker pairs learned by block); wush (closed form); load",
+    )
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None,
+        description="smooth: how much is moved into the weights; null: searched. flat: where its scales start (0.3)",
+    )
+    block: Annotated[int, Field(ge=1)] = Field(128, description="wush: largest order of a block of its online map")
+    file: str | None = Field(None, description="load: a transform saved earlier, or SpinQuant's rotations (.bin)")
+
+
+class RotationPart(_Part):
+    """Where and how rotations act."""
+
+    where: Literal["folded", "online"] = Field(
+        "folded",
+        description="folded: one rotation of the residual, in the weights, free; online: after every norm's gain, by "
+        "two small products",
+    )
+    down: Literal["hadamard", "learned"] = Field(
+        "hadamard", description="dfrot, frtq: the rotation before down: fixed, or refined like the others"
+    )
+    tail_weight: Annotated[float, Field(gt=0.0)] = Field(
+        100.0, description="dfrot, frtq: weight of massive tokens in the Procrustes problem"
+    )
+    tail_error: Annotated[float, Field(gt=0.0)] = Field(
+        0.13,
+        description="dfrot, frtq: tokens whose un-rotated 4-bit error is below this (times sqrt of the width) are "
+        "massive; the paper's 8.5 at width 4096",
+    )
+    iterations: Annotated[int, Field(ge=0)] = Field(100, description="dfrot, frtq: alternations, at most")
+    preconditioning: Annotated[int, Field(ge=0)] = Field(
+        30, description="frtq: steps of uniform preconditioning before them"
+    )
+    target: Literal["uniform", "sign"] = Field("uniform", description="frtq: what each token's values are pulled to")
+
+
+class LearningPart(_Part):
+    """How transforms and clips are learned from data."""
+
+    sequences: Annotated[int, Field(ge=1)] = Field(128, description="how many sequences, at most")
+    seqlen: Annotated[int, Field(ge=2)] = Field(2048, description="tokens in each")
+    batch: Annotated[int, Field(ge=1)] = Field(4, description="flat: sequences a step. spin: sequences a step")
+    epochs: Annotated[int, Field(ge=0)] = Field(15, description="flat and learned clips: passes over the sequences")
+    steps: Annotated[int, Field(ge=0)] = Field(100, description="spin: steps")
+    optimizer: Literal["auto", "adamw", "zeta", "cayley", "qr-orth"] = Field(
+        "auto",
+        description="flat: adamw (auto) or zeta. spin: cayley (auto), or qr-orth, by SGD; zeta: qr-orth by Zeta",
+    )
+    lr: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="of matrices; null: flat 5e-3 (zeta 5e-3), spin 1.5 (qr-orth 0.5, zeta 5e-3)"
+    )
+    clip_lr: Annotated[float, Field(gt=0.0)] = Field(5e-2, description="of clips")
+    start: Literal["hadamard", "random", "wush"] = Field("hadamard", description="flat: where its maps begin")
+    scales: bool = Field(True, description="flat: learn a scale for every channel too")
+    values: bool = Field(True, description="flat: learn the maps of values and heads too")
+    keys: bool = Field(True, description="flat: learn the map of keys too, where the KV cache is quantized")
+    through_weights: bool = Field(
+        True, description="spin: learn through rounded weights; false: 16-bit ones, where GPTQ follows"
+    )
+    loss: Literal["mse", "token", "ce", "kl"] = Field(
+        "mse",
+        description="flat: mse of a block's output, or token: the same with every token's error relative to its own "
+        "size. spin: mse means ce (next token); or kl (to the 16-bit model)",
+    )
 
 
 class WeightsPart(_Part):
@@ -42,7 +113,9 @@ class WeightsPart(_Part):
     )
     group_size: int | None = Field(None, description="inputs that share a scale, with granularity group (32, 64, 128)")
     symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
-    clip: Literal["none", "mse"] | Fraction = Field("mse", description="none; mse: searched per scale; or a fraction")
+    clip: Literal["none", "mse", "learned"] | Fraction = Field(
+        "mse", description="none; mse: searched per scale; learned: with the transform, by block; or a fraction"
+    )
 
     @model_validator(mode="after")
     def _group_size_fits(self) -> "WeightsPart":
@@ -54,7 +127,7 @@ class WeightsPart(_Part):
         """The grid; None at 16 bits."""
         if self.bits == 16:
             return None
-        clip = 1.0 if self.clip == "none" else self.clip
+        clip = 1.0 if self.clip in ("none", "learned") else self.clip
         return QuantSpec(self.bits, self.symmetric, self.granularity, self.group_size, clip)
 
 
@@ -64,13 +137,15 @@ class ActivationsPart(_Part):
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized; a policy may raise groups above this")
     granularity: Literal["token", "tensor"] = Field("token", description="one dynamic scale per token, or per call")
     symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
-    clip: Fraction = Field(1.0, description="largest magnitude kept, as a fraction of the largest present")
+    clip: Literal["learned"] | Fraction = Field(
+        1.0, description="largest magnitude kept, as a fraction of the largest present; learned: by group and block"
+    )
 
     def spec(self) -> QuantSpec | None:
         """The grid; None at 16 bits."""
         if self.bits == 16:
             return None
-        return QuantSpec(self.bits, self.symmetric, self.granularity, None, self.clip)
+        return QuantSpec(self.bits, self.symmetric, self.granularity, None, _start(self.clip))
 
 
 class KvPart(_Part):
@@ -81,7 +156,9 @@ class KvPart(_Part):
     group_size: int | None = Field(
         None, description="channels that share a scale; null: the head size (per token, head)"
     )
-    clip: Fraction = Field(1.0, description="largest magnitude kept, as a fraction of the largest present")
+    clip: Literal["learned"] | Fraction = Field(
+        1.0, description="largest magnitude kept, as a fraction of the largest present; learned: by block"
+    )
 
     def spec(self, d_head: int) -> QuantSpec | None:
         """The grid for heads of `d_head` channels; None at 16 bits."""
@@ -92,7 +169,7 @@ class KvPart(_Part):
             raise PhaseQuantError(
                 f"kv.group_size {size} does not divide the head size {d_head}: choose a divisor of it"
             )
-        return QuantSpec(self.bits, self.symmetric, "group", size, self.clip)
+        return QuantSpec(self.bits, self.symmetric, "group", size, _start(self.clip))
 
 
 class PolicyPart(_Part):
@@ -148,6 +225,8 @@ class Recipe(_Part):
     """The whole recipe. `Recipe()` quantizes nothing."""
 
     transform: TransformPart = Field(TransformPart(), description="making activations flat")
+    rotation: RotationPart = Field(RotationPart(), description="where and how rotations act")
+    learning: LearningPart = Field(LearningPart(), description="how transforms and clips are learned from data")
     weights: WeightsPart = Field(WeightsPart(), description="weights of the linears inside the blocks")
     activations: ActivationsPart = Field(ActivationsPart(), description="what those linears read")
     kv: KvPart = Field(KvPart(), description="the KV cache")
@@ -157,6 +236,24 @@ class Recipe(_Part):
     calibration: CalibrationPart = Field(CalibrationPart(), description="text that metrics and plans are measured on")
     storage: StoragePart = Field(StoragePart(), description="what is not quantized: embeddings, norms, head")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice (signs of rotations)")
+
+    @property
+    def learned_clips(self) -> frozenset[str]:
+        """Which of weights, activations, kv have clips that are learned."""
+        parts = {"weights": self.weights, "activations": self.activations, "kv": self.kv}
+        return frozenset(name for name, part in parts.items() if part.clip == "learned" and part.bits < 16)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        method, learning = self.transform.method, self.learning
+        spin = method == "spin"
+        if (method == "load") != (self.transform.file is not None):
+            raise ValueError("transform.file goes with transform.method=load, and only with it")
+        if learning.optimizer in ("cayley", "qr-orth") and not spin:
+            raise ValueError(f"learning.optimizer={learning.optimizer} learns rotations: it goes with spin")
+        if learning.optimizer == "adamw" and spin:
+            raise ValueError("learning.optimizer=adamw does not keep rotations orthogonal: use cayley, qr-orth or zeta")
+        return self
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -226,6 +323,8 @@ def _commented(model: type[BaseModel], values: Mapping[str, Any], indent: str) -
 
 def _explain(problem: Any) -> str:
     place = [str(step) for step in problem["loc"]]
+    if not place:
+        return f"the recipe does not fit together: {problem['msg'].removeprefix('Value error, ')}"
     fields: Mapping[str, Any] = Recipe.model_fields
     if len(place) > 1 and place[0] in fields:
         fields = fields[place[0]].annotation.model_fields

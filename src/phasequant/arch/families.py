@@ -37,6 +37,7 @@ class Family:
         GroupNames("down", ("mlp.down_proj",)),
     )
     value: str = "self_attn.v_proj"
+    up: str = "mlp.up_proj"
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     qk_norms: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())

@@ -1,6 +1,6 @@
 """PhaseQuant as a quantization method of Transformers: registered on import, no model patched.
 
-`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 1, "layout": {…}}`. Loading lays
+`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 2, "layout": {…}}`. Loading lays
 out empty `QuantLinear`s and KV quantizers on the meta device and lets Transformers fill them. A layout of a newer
 format is refused. Saving hands over codes as they are and dense tensors in the checkpoint's 16-bit type.
 """
@@ -23,7 +23,7 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn import ModelLayout, lay_out, quant_linears
 
 METHOD = "phasequant"
-FORMAT = 1
+FORMAT = 2
 
 
 class PhaseQuantConfig(QuantizationConfigMixin):

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from phasequant.nn import KVQuantizer, OnlineRotation, QuantLinear
+from phasequant.nn import KVQuantizer, OnlineMap, QuantLinear
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -10,7 +10,7 @@ def weight_bytes(model: nn.Module) -> int:
     CPU computes them in fp32; packed codes, scales and online factors count what they are. Tied weights count once."""
     exact: dict[int, int] = {}
     for module in model.modules():
-        if isinstance(module, (QuantLinear, OnlineRotation, KVQuantizer)):
+        if isinstance(module, (QuantLinear, OnlineMap, KVQuantizer)):
             for buffer in module.buffers(recurse=False):
                 exact[id(buffer)] = buffer.nbytes
     dense = {id(p): 2 * p.numel() for p in model.parameters()}

@@ -1,23 +1,25 @@
-"""What stands in a quantized model: linears, online rotations, the packed KV cache, the attention function."""
+"""What stands in a quantized model: linears, online maps, the packed KV cache, the attention function."""
 
-from phasequant.nn.attention import ATTENTION, PackedCache, attach, kv_bytes_per_token
-from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
+from phasequant.nn.attention import ATTENTION, PackedCache, attach, kv_bytes_per_token, kv_in_16_bits
+from phasequant.nn.kv import KVLayout, KVQuantizer, PackedLayer, PackedStates
 from phasequant.nn.layout import Activations, ModelLayout, lay_out, quant_linears, replace_module, set_activations
 from phasequant.nn.linear import QuantLinear
-from phasequant.nn.online import OnlineRotation
+from phasequant.nn.online import OnlineMap
 
 __all__ = [
     "ATTENTION",
     "Activations",
+    "KVLayout",
     "KVQuantizer",
     "ModelLayout",
-    "OnlineRotation",
+    "OnlineMap",
     "PackedCache",
     "PackedLayer",
     "PackedStates",
     "QuantLinear",
     "attach",
     "kv_bytes_per_token",
+    "kv_in_16_bits",
     "lay_out",
     "quant_linears",
     "replace_module",

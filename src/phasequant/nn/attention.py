@@ -8,6 +8,8 @@ then is Transformers' own SDPA over the dequantized states.
 is refitted before its first token. A cache that cannot be (static, or already filled in 16 bits) is said so once.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -35,13 +37,13 @@ def quantized_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """SDPA over keys and values that went through the KV grid. query (B,N,T,H); key, value (B,K,T,H) or packed."""
     quantizer = getattr(module, SLOT, None)
-    if quantizer is None:
+    if quantizer is None or not quantizer.enabled:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if not isinstance(key, PackedStates):
         key, value = quantizer.encode(key, value)
     keys = quantizer.decode(key, query.dtype)
     values = quantizer.decode(value, query.dtype)
-    return sdpa_attention_forward(module, quantizer.rotate(query), keys, values, attention_mask, **options)
+    return sdpa_attention_forward(module, quantizer.rotate_queries(query), keys, values, attention_mask, **options)
 
 
 AttentionInterface.register(ATTENTION, quantized_attention)
@@ -80,10 +82,12 @@ def _warn_once(kind: str) -> None:
 
 def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Before each forward: make the cache a packed one while it is still empty."""
+    if not all(quantizer.enabled for quantizer in quantizers(model)):
+        return args, kwargs
     if model.config._attn_implementation != ATTENTION:
         raise PhaseQuantError(
             f"attention '{model.config._attn_implementation}' would read a 16-bit KV cache, and this model promises "
-            f"{quantizers(model)[0].spec.bits} bits: leave attn_implementation alone"
+            f"{quantizers(model)[0].layout.keys.bits} bits: leave attn_implementation alone"
         )
     if len(args) > CACHE_POSITION:
         kwargs["past_key_values"] = args[CACHE_POSITION]
@@ -103,11 +107,24 @@ def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs
 
 
-def attach(model: PreTrainedModel, model_map: ModelMap, make: Any) -> None:
-    """Give every attention module the `KVQuantizer` that `make()` returns, and switch the model to our attention."""
+@contextmanager
+def kv_in_16_bits(model: nn.Module) -> Iterator[None]:
+    """Let a model keep its keys and values in 16 bits, for a while: to measure what its KV grid costs."""
+    found = quantizers(model)
+    try:
+        for quantizer in found:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.enabled = True
+
+
+def attach(model: PreTrainedModel, model_map: ModelMap, make: Callable[[int], KVQuantizer]) -> None:
+    """Give every block's attention the `KVQuantizer` that `make(block)` returns, and switch to our attention."""
     for block in model_map.blocks:
         attention = model.get_submodule(f"{model_map.block_name(block)}.{model_map.family.attention}")
-        setattr(attention, SLOT, make())
+        setattr(attention, SLOT, make(block))
     model.config._attn_implementation = ATTENTION
     decoder = model.get_submodule(model_map.family.decoder)
     decoder.config._attn_implementation = ATTENTION

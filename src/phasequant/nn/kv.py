@@ -4,15 +4,16 @@ Each token's key and value of each kv head is one row (or `group_size` pieces of
 
     q = clamp(round(x/s) + z, 0, 15),   s = (max(x,0) - min(x,0))/15 rounded to fp16,   x̂ = s·(q - z)
 
-Keys are rotated first, after RoPE, by a Hadamard matrix of the head size (R3); queries get the same rotation in the
-attention function, so q·kᵀ is unchanged but for the rounding: (qR)(kR)ᵀ = q·kᵀ. Values were rotated by R2 when the
-weights were folded. A token costs, a head: d_head/2 bytes of codes + 3 bytes (fp16 scale, 8-bit zero) a group, for keys
+Keys are mapped first, after RoPE, by a T of the head size (R3, a Hadamard matrix; or a learned one); queries get T^{-T}
+in the attention function, so q·kᵀ is unchanged but for the rounding: (q·T^{-T})(k·T)ᵀ = q·kᵀ. Values were mapped when
+the weights were folded. A token costs, a head: d_head/2 bytes of codes + 3 bytes (fp16 scale, 8-bit zero) a group, for keys
 and for values. Because every token is rounded on its own, prefill, chunked prefill and decoding see the same numbers,
 with a cache or without.
 
 Sources: QuaRot (arXiv 2404.00456) for R3 and the asymmetric KV grid; the fp16 scale and including zero are ours.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from phasequant.numerics import QuantSpec, Rotation, apply_factors, dequantize, grid, pack, packed_width, round_to_codes
+from phasequant.nn.online import OnlineMap
+from phasequant.numerics import LinearMap, QuantSpec, dequantize, grid, pack, packed_width, round_to_codes
 from phasequant.numerics import unpack as unpack_codes
 
 TINY = 2.0**-24  # smallest fp16: keeps a scale from becoming 0
@@ -62,65 +64,74 @@ class KeyValue(NamedTuple):
     values: PackedStates
 
 
+@dataclass(frozen=True)
+class KVLayout:
+    """The KV grids of one block, and the map of its keys (None: none)."""
+
+    keys: QuantSpec
+    values: QuantSpec
+    qk: Mapping[str, Any] | None = None
+
+
 class KVQuantizer(nn.Module):
-    """The KV grid of one attention module, and R3. Stored in the checkpoint: the rotation's two small factors."""
+    """The KV grids of one attention module, and the map of its keys and queries (R3, or a learned one)."""
 
-    left: Tensor
-    right: Tensor
-
-    def __init__(self, spec: QuantSpec, d_head: int, left: int, right: int, device: torch.device | None = None) -> None:
-        """`left`, `right`: orders of R3's factors, 0 where there is no R3."""
+    def __init__(self, layout: KVLayout, d_head: int, device: torch.device | None = None) -> None:
+        """Empty maps, for a loader to fill."""
         super().__init__()
-        self.spec = spec
+        self.layout = layout
         self.d_head = d_head
-        self.rotates = left > 0
-        self.register_buffer("left", torch.zeros(left, left, dtype=torch.float32, device=device))
-        self.register_buffer("right", torch.zeros(right, right, dtype=torch.float32, device=device))
+        self.enabled = True
+        self.key_map: OnlineMap | None = None
+        self.query_map: OnlineMap | None = None
+        if layout.qk is not None:
+            self.key_map = OnlineMap(layout.qk, device)
+            if not layout.qk["orthogonal"]:
+                self.query_map = OnlineMap(layout.qk, device)
 
     @classmethod
-    def of(cls, spec: QuantSpec, d_head: int, rotation: Rotation | None) -> "KVQuantizer":
-        """With R3 = `rotation`, or none."""
-        if rotation is None:
-            return cls(spec, d_head, 0, 0)
-        module = cls(spec, d_head, rotation.left.shape[0], rotation.right.shape[0])
-        module.left = rotation.left.to(torch.float32)
-        module.right = rotation.right.to(torch.float32)
+    def of(cls, keys: QuantSpec, values: QuantSpec, d_head: int, qk: LinearMap | None) -> "KVQuantizer":
+        """With keys mapped by `qk` and queries by its inverse transpose, or neither."""
+        module = cls(KVLayout(keys, values, None if qk is None else qk.layout()), d_head)
+        if qk is not None:
+            module.key_map = OnlineMap.of(qk)
+            module.query_map = None if qk.orthogonal else OnlineMap.of(qk.inverse_transpose())
         return module
 
-    def rotate(self, x: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows H"]:
-        """R3, on queries and keys after RoPE."""
-        if not self.rotates:
-            return x
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return apply_factors(x.to(wide), self.left, self.right).to(x.dtype)
+    def rotate_keys(self, x: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows H"]:
+        """k·T, after RoPE."""
+        return x if self.key_map is None else self.key_map(x)
 
-    def _encode(self, x: Float[Tensor, "B K T H"]) -> PackedStates:
+    def rotate_queries(self, x: Float[Tensor, "*rows H"]) -> Float[Tensor, "*rows H"]:
+        """q·T^{-T}, after RoPE; T itself where it is orthogonal."""
+        if self.query_map is not None:
+            return self.query_map(x)
+        return self.rotate_keys(x)
+
+    def _encode(self, x: Float[Tensor, "B K T H"], spec: QuantSpec) -> PackedStates:
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale, zero = grid(values, self.spec)
+        scale, zero = grid(values, spec)
         scale = scale.to(torch.float16).clamp(min=TINY)  # the codes are made for the scale that is stored
-        codes = round_to_codes(values, scale.to(values.dtype), zero, self.spec)
-        return PackedStates(pack(codes, self.spec), scale, zero.to(torch.uint8))
+        codes = round_to_codes(values, scale.to(values.dtype), zero, spec)
+        return PackedStates(pack(codes, spec), scale, zero.to(torch.uint8))
 
     def encode(self, keys: Float[Tensor, "B K T H"], values: Float[Tensor, "B K T H"]) -> KeyValue:
-        """Rotate the keys, quantize both."""
-        return KeyValue(self._encode(self.rotate(keys)), self._encode(values))
+        """Map the keys, quantize both."""
+        return KeyValue(
+            self._encode(self.rotate_keys(keys), self.layout.keys), self._encode(values, self.layout.values)
+        )
 
     def decode(self, packed: PackedStates, dtype: torch.dtype) -> Float[Tensor, "B K T H"]:
-        """What attention reads; keys stay rotated."""
+        """What attention reads; keys stay mapped. Clips are no part of it: keys and values share one grid's shape."""
         wide = torch.promote_types(dtype, torch.float32)
-        codes = unpack_codes(packed.codes, self.d_head, self.spec)
-        return dequantize(codes, packed.scale.to(wide), packed.zero.to(wide), self.spec).to(dtype)
+        spec = self.layout.keys
+        codes = unpack_codes(packed.codes, self.d_head, spec)
+        return dequantize(codes, packed.scale.to(wide), packed.zero.to(wide), spec).to(dtype)
 
     def bytes_per_token(self, kv_heads: int) -> int:
         """Bytes that one token takes in this layer's cache, keys and values."""
-        return 2 * kv_heads * (packed_width(self.d_head, self.spec) + 3 * self.spec.groups(self.d_head))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "KVQuantizer":
-        """R3's factors keep their precision through `.half()` and the like."""
-        left, right = self.left, self.right
-        super()._apply(fn, recurse)
-        self.left, self.right = left.to(self.left.device), right.to(self.right.device)
-        return self
+        spec = self.layout.keys
+        return 2 * kv_heads * (packed_width(self.d_head, spec) + 3 * spec.groups(self.d_head))
 
 
 class PackedLayer(CacheLayerMixin):

@@ -5,7 +5,7 @@ have to be filled in. The pipeline builds the same modules from live tensors, so
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,41 +15,56 @@ from transformers import PreTrainedModel
 from phasequant.arch import GROUPS, ModelMap
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.attention import attach
-from phasequant.nn.kv import KVQuantizer
+from phasequant.nn.kv import KVLayout, KVQuantizer
 from phasequant.nn.linear import QuantLinear
-from phasequant.nn.online import OnlineRotation
+from phasequant.nn.online import OnlineMap
 from phasequant.numerics import QuantSpec
 
 Activations = dict[tuple[int, str], QuantSpec | None]
 """(block, group) → the grid its input is read on; None is 16 bits."""
 
 
+KV = dict[int, KVLayout]
+"""Block → the grids of its keys and values; empty where the KV cache is 16-bit."""
+
+
 @dataclass
 class ModelLayout:
-    """`online`: group → `OnlineRotation.layout()`. `qk`: orders of R3's factors, or None."""
+    """`online`: group → `OnlineMap.layout()`, the same in every block. `weights`: the grid of all codes."""
 
     weights: QuantSpec | None = None
-    kv: QuantSpec | None = None
+    kv: KV = field(default_factory=dict)
     activations: Activations = field(default_factory=dict)
     online: dict[str, dict[str, Any]] = field(default_factory=dict)
-    qk: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For `config.json`: the commonest activation grid once, the others by name."""
-        specs = list(self.activations.values())
-        base = max(specs, key=specs.count) if specs else None
-        others = {
-            f"{block}.{group}": spec and spec.to_dict()
-            for (block, group), spec in sorted(self.activations.items())
-            if spec != base
-        }
+        """For `config.json`: the commonest activation grid once, others and clips by name."""
+        plain = {place: spec and replace(spec, clip=1.0) for place, spec in self.activations.items()}
+        kinds = list(plain.values())
+        base = max(kinds, key=kinds.count) if kinds else None
+        first = next(iter(self.kv.values()), None)
         return {
             "weights": self.weights and self.weights.to_dict(),
-            "kv": self.kv and self.kv.to_dict(),
-            "activations": {"base": base and base.to_dict(), "others": others},
+            "kv": first
+            and {"grid": replace(first.keys, clip=1.0).to_dict(), "qk": first.qk, "clips": self._kv_clips()},
+            "activations": {
+                "base": base and base.to_dict(),
+                "others": {
+                    f"{block}.{group}": spec and spec.to_dict()
+                    for (block, group), spec in sorted(plain.items())
+                    if spec != base
+                },
+                "clips": {
+                    f"{block}.{group}": spec.clip
+                    for (block, group), spec in sorted(self.activations.items())
+                    if spec is not None and spec.clip != 1.0
+                },
+            },
             "online": self.online,
-            "qk": list(self.qk) if self.qk else None,
         }
+
+    def _kv_clips(self) -> list[list[float]]:
+        return [[float(kv.keys.clip), float(kv.values.clip)] for _, kv in sorted(self.kv.items())]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], model_map: ModelMap) -> "ModelLayout":
@@ -58,24 +73,37 @@ class ModelLayout:
         def spec(entry: Mapping[str, Any] | None) -> QuantSpec | None:
             return QuantSpec.from_dict(entry) if entry is not None else None
 
+        def place(name: str) -> tuple[int, str]:
+            block, group = name.split(".")
+            if (int(block), group) not in activations:
+                raise PhaseQuantError(f"the config gives bits to '{name}', which this model does not have")
+            return int(block), group
+
         try:
+            given = values["activations"]
             activations: Activations = {
-                (block, group): spec(values["activations"]["base"]) for block in model_map.blocks for group in GROUPS
+                (block, group): spec(given["base"]) for block in model_map.blocks for group in GROUPS
             }
-            for name, entry in values["activations"]["others"].items():
-                block, group = name.split(".")
-                if (int(block), group) not in activations:
-                    raise PhaseQuantError(f"the config gives bits to '{name}', which this model does not have")
-                activations[int(block), group] = spec(entry)
-            qk = values["qk"]
+            for name, entry in given["others"].items():
+                activations[place(name)] = spec(entry)
+            for name, clip in given["clips"].items():
+                there = activations[place(name)]
+                assert there is not None
+                activations[place(name)] = replace(there, clip=float(clip))
+            kv: KV = {}
+            if values["kv"] is not None:
+                grid, qk, clips = spec(values["kv"]["grid"]), values["kv"]["qk"], values["kv"]["clips"]
+                assert grid is not None
+                for block, (keys, states) in zip(model_map.blocks, clips, strict=True):
+                    grids = replace(grid, clip=float(keys)), replace(grid, clip=float(states))
+                    kv[block] = KVLayout(*grids, dict(qk) if qk is not None else None)
             return cls(
                 weights=spec(values["weights"]),
-                kv=spec(values["kv"]),
+                kv=kv,
                 activations=activations,
                 online={group: dict(entry) for group, entry in values["online"].items()},
-                qk=(int(qk[0]), int(qk[1])) if qk else None,
             )
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise PhaseQuantError(
                 f"the quantization config is not one of PhaseQuant's ({type(error).__name__}: {error}): "
                 "config.json was edited or cut short; get it again"
@@ -96,20 +124,13 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def attach_kv(model: PreTrainedModel, model_map: ModelMap, spec: QuantSpec, qk: tuple[int, int] | None) -> None:
-    """Empty KV quantizers, for a loader to fill."""
-    left, right = qk or (0, 0)
-    device = next(model.parameters()).device
-    attach(model, model_map, lambda: KVQuantizer(spec, model_map.shape.d_head, left, right, device=device))
-
-
 def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dtype: torch.dtype) -> None:
     """Replace the linears of an unfilled model by empty `QuantLinear`s, on the device where the linears are."""
     for block, group, name in model_map.linears():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         device = linear.weight.device
-        online = OnlineRotation(**layout.online[group], device=device) if group in layout.online else None
+        online = OnlineMap(layout.online[group], device) if group in layout.online else None
         module = QuantLinear(
             linear.in_features,
             linear.out_features,
@@ -121,8 +142,9 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
             dtype=dtype,
         )
         replace_module(model, name, module)
-    if layout.kv is not None:
-        attach_kv(model, model_map, layout.kv, layout.qk)
+    if layout.kv:
+        device = next(model.parameters()).device
+        attach(model, model_map, lambda block: KVQuantizer(layout.kv[block], model_map.shape.d_head, device))
 
 
 def quant_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from phasequant.errors import PhaseQuantError
 from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight
-from phasequant.nn.online import OnlineRotation
+from phasequant.nn.online import OnlineMap
 from phasequant.numerics import QuantSpec, pack, packed_width
 
 
@@ -34,7 +34,7 @@ class QuantLinear(nn.Module):
         bias: bool,
         weight_spec: QuantSpec | None = None,
         input_spec: QuantSpec | None = None,
-        online: OnlineRotation | None = None,
+        online: OnlineMap | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -69,7 +69,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def dense(
-        cls, weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None, online: OnlineRotation | None = None
+        cls, weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None, online: OnlineMap | None = None
     ) -> "QuantLinear":
         """With 16-bit weights, to be quantized later or not at all."""
         out_features, in_features = weight.shape

@@ -1,56 +1,70 @@
-"""Transforms that still run at inference: rotations of a linear's input that nothing before it could absorb.
+"""Transforms that still run at inference: maps of a linear's input that nothing before it could absorb.
 
-    down   x → x · (I ⊗ A ⊗ B)      R4: the MLP's product act(gate)·up has no linear before it to fold into
-    o      x → x · (M ⊗ I_head)     the mixing of heads; with R2 = H_head folded into v the sum is x·(M ⊗ H_head)
+    qkv, gate_up   x → x·T          after the norm's gain: Kronecker pair or blocks; the inverse is in the weights
+    o              x → x·(M ⊗ I_H)  the mixing of heads; what acts inside a head is folded into v
+    down           x → x·T          the product act(gate)·up has no linear before it to fold into
+    keys, queries  k·T, q·T^{-T}    after RoPE, where the KV cache is quantized
 
-Both are the same operation, two small matrix products: `(I_blocks ⊗ left ⊗ right)`, where right = I is skipped.
+All are one operation, two small matrix products (`numerics.linear_map`). The factors stand in the checkpoint: small, and
+then no later version of a table or of a random generator can change what a model computes.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phasequant.numerics import Rotation, apply_factors
+from phasequant.numerics import LinearMap, apply_map, layout_shapes
 
 
-class OnlineRotation(nn.Module):
-    """x → x·(I ⊗ left ⊗ right), computed in at least fp32. The factors are stored in the checkpoint: small, and then
-    no later version of a table or of a random generator can change what a model computes."""
+class OnlineMap(nn.Module):
+    """x → x·T, computed in at least fp32."""
 
     left: Tensor
-    right: Tensor
+    right: Tensor | None
+    diagonal: Tensor | None
 
     def __init__(
-        self, left: int, right: int, tail: int, rung: str = "hadamard", device: torch.device | None = None
+        self, layout: Mapping[str, Any], device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """`left`, `right`: orders of the factors; `tail`: channels that move together (the head size at `o`)."""
+        """Empty factors of the layout's shapes, for a loader to fill."""
         super().__init__()
-        self.tail = tail
-        self.rung = rung
-        self.register_buffer("left", torch.zeros(left, left, dtype=torch.float32, device=device))
-        self.register_buffer("right", torch.zeros(right, right, dtype=torch.float32, device=device))
+        shapes = layout_shapes(layout)
+        self._layout = dict(layout)
+        self.tail = int(layout["tail"])
+        for name in ("left", "right", "diagonal"):
+            shape = shapes.get(name)
+            self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=dtype, device=device))
 
     @classmethod
-    def of(cls, rotation: Rotation, tail: int = 1, dtype: torch.dtype = torch.float32) -> "OnlineRotation":
-        """From a rotation without signs (signs fold into the weights that come before or are left out)."""
-        assert rotation.signs is None
-        module = cls(rotation.left.shape[0], rotation.right.shape[0], tail, rotation.rung)
-        module.left = rotation.left.to(dtype)
-        module.right = rotation.right.to(dtype)
+    def of(cls, linear_map: LinearMap, dtype: torch.dtype = torch.float32) -> "OnlineMap":
+        """From a map."""
+        module = cls(linear_map.layout(), linear_map.left.device, dtype)
+        for name, tensor in linear_map.tensors().items():
+            setattr(module, name, tensor.to(dtype))
         return module
 
     def layout(self) -> dict[str, Any]:
         """What rebuilds the empty module."""
-        return {"left": self.left.shape[0], "right": self.right.shape[0], "tail": self.tail, "rung": self.rung}
+        return dict(self._layout)
+
+    def map(self) -> LinearMap:
+        """The map it computes."""
+        return LinearMap.from_layout(self._layout, {n: b for n, b in self.named_buffers() if b is not None})
 
     def forward(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-        """The rotated input, in the precision of `x`."""
+        """The mapped input, in the precision of `x`."""
         wide = torch.promote_types(x.dtype, self.left.dtype)
-        values = x.to(wide)
-        if self.tail == 1:
-            return apply_factors(values, self.left, self.right).to(x.dtype)
-        # Mix the heads: bring them last, rotate, bring them back.
-        heads = values.unflatten(-1, (-1, self.tail)).transpose(-1, -2)
-        return apply_factors(heads, self.left, self.right).transpose(-1, -2).flatten(-2).to(x.dtype)
+        return apply_map(x.to(wide), self.left, self.right, tail=self.tail, diagonal=self.diagonal).to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "OnlineMap":
+        """Moves go through; `.half()` and the like must not round the factors."""
+        kept = {name: buffer for name, buffer in self.named_buffers() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self

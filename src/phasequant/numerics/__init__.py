@@ -1,23 +1,31 @@
 """Grids, packing and orthogonal matrices as pure functions on tensors. Knows torch and nothing above it."""
 
-from phasequant.numerics.hadamard import Rotation, apply_factors, hadamard, random_orthogonal, spreading_rotation
+from phasequant.numerics.hadamard import hadamard, random_orthogonal, spreading_mix, spreading_rotation
 from phasequant.numerics.integer import dequantize, fake_quantize, grid, quantize, round_to_codes
+from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
+from phasequant.numerics.procrustes import polar, procrustes_step
 from phasequant.numerics.spec import QuantSpec
+from phasequant.numerics.straight_through import straight_through
 
 __all__ = [
+    "LinearMap",
     "QuantSpec",
-    "Rotation",
-    "apply_factors",
+    "apply_map",
     "dequantize",
     "fake_quantize",
     "grid",
     "hadamard",
+    "layout_shapes",
     "pack",
     "packed_width",
     "quantize",
+    "polar",
+    "procrustes_step",
     "random_orthogonal",
     "round_to_codes",
+    "spreading_mix",
     "spreading_rotation",
+    "straight_through",
     "unpack",
 ]

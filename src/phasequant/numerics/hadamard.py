@@ -18,7 +18,6 @@ All vectors are rows: a rotation R acts as x → x·R.
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -29,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
+from phasequant.numerics.linear_map import LinearMap
 
 Rung = Literal["identity", "hadamard", "block-hadamard", "random-orthogonal"]
 SMALLEST_BLOCK = 16  # below this a block rotation spreads too little: a dense one is taken
@@ -92,74 +92,35 @@ def random_orthogonal(n: int, seed: int) -> Float[Tensor, "n n"]:
     return q * r.diagonal().sign()
 
 
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """x → x · diag(signs) · (I_blocks ⊗ left ⊗ right): orthogonal, as two small factors.
+def spreading_rotation(n: int, seed: int | None = None, *, randomize: bool = False, copies: int = 1) -> LinearMap:
+    """The rotation for width n on the highest rung that reaches it; `randomize` adds seeded random signs. `copies` of it
+    side by side act on a width of copies·n (one a head, say).
 
-    `signs` (±1 by channel) are the random part of a randomized Hadamard; they act before the mixing, since after it
-    they would change no magnitude.
+    Signs act before the mixing, since after it they would change no magnitude.
     """
-
-    rung: Rung
-    blocks: int
-    left: Float[Tensor, "a a"]
-    right: Float[Tensor, "b b"]
-    signs: Float[Tensor, " n"] | None = None
-
-    @property
-    def size(self) -> int:
-        """The width it acts on."""
-        return self.blocks * self.left.shape[0] * self.right.shape[0]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds a token, applied as factors (a factor of order 1 is free)."""
-        return self.size * sum(side for side in (self.left.shape[0], self.right.shape[0]) if side > 1)
-
-    def apply(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-        """x·R."""
-        if self.signs is not None:
-            x = x * self.signs.to(x)
-        return apply_factors(x, self.left, self.right)
-
-    def apply_inverse(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-        """x·Rᵀ."""
-        x = apply_factors(x, self.left.T, self.right.T)
-        return x if self.signs is None else x * self.signs.to(x)
-
-    def __str__(self) -> str:
-        a, b = self.left.shape[0], self.right.shape[0]
-        shape = f"{a}⊗{b}" if b > 1 else f"{a}"
-        return f"{self.rung} {shape if self.blocks == 1 else f'{self.blocks} blocks of {shape}'}"
-
-
-def apply_factors(
-    x: Float[Tensor, "*rows n"], left: Float[Tensor, "a a"], right: Float[Tensor, "b b"]
-) -> Float[Tensor, "*rows n"]:
-    """x · (I ⊗ left ⊗ right), computed in the precision of `x`."""
-    a, b = left.shape[0], right.shape[0]
-    parts = x.reshape(*x.shape[:-1], -1, a, b)
-    if b > 1:
-        parts = parts @ right.to(x)
-    if a > 1:
-        parts = left.to(x).T @ parts
-    return parts.reshape(x.shape)
-
-
-def spreading_rotation(n: int, seed: int | None = None, *, randomize: bool = False) -> Rotation:
-    """The rotation for width n on the highest rung that reaches it; `randomize` adds seeded random signs."""
-    one = torch.ones(1, 1, dtype=torch.float64)
     signs = None
     if randomize:
         generator = torch.Generator().manual_seed(seed or 0)
-        signs = torch.randint(0, 2, (n,), generator=generator).mul(2).sub(1).to(torch.float64)
+        signs = torch.randint(0, 2, (n,), generator=generator).mul(2).sub(1).to(torch.float64).repeat(copies)
+
+    def rotation(rung: Rung, a: Tensor, b: Tensor | None, blocks: int = 1) -> LinearMap:
+        right = b[None] if b is not None and len(b) > 1 else None
+        return LinearMap(rung, a[None], right, blocks * copies, diagonal=signs)
+
     if n == 1:
-        return Rotation("identity", 1, one, one)
+        return rotation("identity", torch.ones(1, 1, dtype=torch.float64), None)
     pair = factors(n)
     if pair is not None:
-        return Rotation("hadamard", 1, hadamard(pair[0]), hadamard(pair[1]), signs)
+        return rotation("hadamard", hadamard(pair[0]), hadamard(pair[1]))
     block = max(d for pair in _splits(n) for d in pair if factors(d) is not None)
     if block >= SMALLEST_BLOCK:
         a, b = factors(block) or (block, 1)
-        return Rotation("block-hadamard", n // block, hadamard(a), hadamard(b), signs)
-    return Rotation("random-orthogonal", 1, random_orthogonal(n, seed or 0), one)
+        return rotation("block-hadamard", hadamard(a), hadamard(b), n // block)
+    return rotation("random-orthogonal", random_orthogonal(n, seed or 0), None)
+
+
+def spreading_mix(heads: int, width: int, seed: int | None = None) -> LinearMap:
+    """M ⊗ I_width: the same rotation across `heads` for each of their channels."""
+    one = spreading_rotation(heads, seed)
+    matrix = one.matrix()
+    return LinearMap(one.kind, matrix[None], tail=width)

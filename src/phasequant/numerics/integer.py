@@ -50,16 +50,18 @@ def _round_to_grid(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> T
 
 
 def grid(
-    x: Float[Tensor, "*rows width"], spec: QuantSpec
+    x: Float[Tensor, "*rows width"], spec: QuantSpec, ratio: Float[Tensor, "*shared G"] | None = None
 ) -> tuple[Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
     """Scale and zero point of each group of `x`; zero points are 0 where the grid is symmetric.
 
     With `clip="mse"` each group tries 80 clip ratios from 1.00 down to 0.21 and keeps the one with the least
-    Σ|Q(x)-x|^2.4.
+    Σ|Q(x)-x|^2.4. `ratio`: a clip ratio for every group, instead of the grid's own.
     """
     grouped = to_groups(x, spec)
     low = grouped.amin(-1).clamp(max=0)
     high = grouped.amax(-1).clamp(min=0)
+    if ratio is not None:
+        return _range_to_grid(low * ratio, high * ratio, spec)
     if spec.clip != "mse":
         return _range_to_grid(low * float(spec.clip), high * float(spec.clip), spec)
     best_scale, best_zero = _range_to_grid(low, high, spec)
@@ -88,10 +90,10 @@ def round_to_codes(
 
 
 def quantize(
-    x: Float[Tensor, "*rows width"], spec: QuantSpec
+    x: Float[Tensor, "*rows width"], spec: QuantSpec, ratio: Float[Tensor, "*shared G"] | None = None
 ) -> tuple[Integer[Tensor, "*rows width"], Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
-    """Codes, scales and zero points of `x`."""
-    scale, zero = grid(x, spec)
+    """Codes, scales and zero points of `x`; `ratio` as in `grid`."""
+    scale, zero = grid(x, spec, ratio)
     return round_to_codes(x, scale, zero, spec), scale, zero
 
 

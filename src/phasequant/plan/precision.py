@@ -6,7 +6,7 @@ and edited: delete a line of `raised` and that group reads the low grid again; g
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phasequant.arch import GROUPS, ModelMap
@@ -15,7 +15,7 @@ from phasequant.nn import Activations
 from phasequant.numerics import QuantSpec
 
 Place = tuple[int, str]
-KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised")
+KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised", "clips")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Raised:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """Weights, KV, and every group's activations of one model. None means 16 bits."""
+    """Weights, KV, and every group's activations of one model. None means 16 bits. `clips`: what was learned for single
+    groups, instead of their grid's own clip."""
 
     policy: str
     model: ModelMap
@@ -36,11 +37,14 @@ class PrecisionPlan:
     kv: QuantSpec | None = None
     low: QuantSpec | None = None
     raised: Mapping[Place, Raised] = field(default_factory=dict)
+    clips: Mapping[Place, float] = field(default_factory=dict)
 
     def spec(self, block: int, group: str) -> QuantSpec | None:
         """The grid that a group reads."""
         entry = self.raised.get((block, group))
-        return entry.spec if entry is not None else self.low
+        spec = entry.spec if entry is not None else self.low
+        clip = self.clips.get((block, group))
+        return spec if spec is None or clip is None else replace(spec, clip=clip)
 
     @property
     def activations(self) -> Activations:
@@ -68,8 +72,9 @@ class PrecisionPlan:
             "low": self.low and self.low.to_dict(),
             "raised": {
                 f"{block}.{group}": {**(entry.spec.to_dict() if entry.spec else {"bits": 16}), "why": entry.why}
-                for (block, group), entry in sorted(self.raised.items(), key=lambda i: (i[0][0], GROUPS.index(i[0][1])))
+                for (block, group), entry in sorted(self.raised.items(), key=_order)
             },
+            "clips": {f"{block}.{group}": clip for (block, group), clip in sorted(self.clips.items(), key=_order)},
         }
 
     def to_json(self) -> str:
@@ -100,18 +105,13 @@ class PrecisionPlan:
         if not isinstance(values["raised"], dict):
             raise PhaseQuantError("the plan's 'raised' must be an object of BLOCK.GROUP entries (empty: {})")
         for name, entry in values["raised"].items():
-            block, _, group = str(name).partition(".")
-            if group not in GROUPS or not block.isdecimal() or int(block) not in model_map.blocks:
-                raise PhaseQuantError(
-                    f"the plan raises '{name}', which this model does not have: places are BLOCK.GROUP with blocks "
-                    f"0 to {model_map.shape.blocks - 1} and groups {', '.join(GROUPS)}"
-                )
+            place = _place(name, model_map, "raises")
             if not isinstance(entry, dict):
                 raise PhaseQuantError(f"the plan's entry for '{name}' must be an object such as {{\"bits\": 8}}")
             own = dict(entry)
             why = str(own.pop("why", "set by hand"))
             base = {**(low.to_dict() if low else {}), "clip": 1.0}
-            raised[int(block), group] = Raised(_spec({**base, **own}, name, "activations"), why)
+            raised[place] = Raised(_spec({**base, **own}, name, "activations"), why)
         return cls(
             str(values.get("policy", "by hand")),
             model_map,
@@ -119,6 +119,7 @@ class PrecisionPlan:
             _spec(values.get("kv"), "kv", "kv", (model_map.shape.d_head,)),
             low,
             raised,
+            _clips(values.get("clips") or {}, model_map),
         )
 
     @classmethod
@@ -129,6 +130,32 @@ class PrecisionPlan:
         except ValueError as error:
             raise PhaseQuantError(f"the plan is not valid JSON ({error})") from error
         return cls.from_dict(values, model_map)
+
+
+def _order(item: tuple[Place, Any]) -> tuple[int, int]:
+    return item[0][0], GROUPS.index(item[0][1])
+
+
+def _clips(values: Any, model_map: ModelMap) -> dict[Place, float]:
+    """Learned clips of a plan."""
+    if not isinstance(values, dict):
+        raise PhaseQuantError("the plan's 'clips' must be an object of BLOCK.GROUP entries (or be left away)")
+    found: dict[Place, float] = {}
+    for name, clip in values.items():
+        if not isinstance(clip, (int, float)) or not 0 < clip <= 1:
+            raise PhaseQuantError(f"the plan's clip at '{name}' is not valid: a fraction in (0, 1], not {clip!r}")
+        found[_place(name, model_map, "clips")] = float(clip)
+    return found
+
+
+def _place(name: Any, model_map: ModelMap, verb: str) -> Place:
+    block, _, group = str(name).partition(".")
+    if group not in GROUPS or not block.isdecimal() or int(block) not in model_map.blocks:
+        raise PhaseQuantError(
+            f"the plan {verb} '{name}', which this model does not have: places are BLOCK.GROUP with blocks "
+            f"0 to {model_map.shape.blocks - 1} and groups {', '.join(GROUPS)}"
+        )
+    return int(block), group
 
 
 ROLES = {"weights": ("channel", "group"), "kv": ("group",), "activations": ("token", "tensor")}

@@ -1,33 +1,28 @@
-"""Putting a `Transform` into a model: gains and rotations folded in fp64, linears replaced by `QuantLinear`s.
+r"""Putting a `Transform` into a model: maps folded in fp64, linears replaced by `QuantLinear`s.
 
-Tied embeddings are untied first, always: the head absorbs the final norm's gain and must not drag the embedding along;
+For a reader of a norm with gain γ, new gain g (γ·c, or c where gains are folded), residual rotation R1 and online T:
+
+    n(x)·diag(γ)·Wᵀ  =  [ n(xR1)·diag(g)·T ] · W'ᵀ,      W' = W·diag(γ)·R1·diag(1/g)·T^{-T}   (R1 only with folded γ)
+
+g is rounded to the type it will be stored in before W' is computed, so that storing it changes nothing. Tied embeddings
+are untied first, always: the head absorbs the final norm's gain and must not drag the embedding along;
 `tie_word_embeddings` is set to False in the config, and so saved. All factors of one weight are multiplied in fp64 and
 rounded once, to fp32 (or kept, for fp64 models). Embedding and head stay in the model's type.
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from phasequant.arch import GroupNames, ModelMap
+from phasequant.arch import ModelMap
 from phasequant.console import progress
-from phasequant.nn import OnlineRotation, QuantLinear, replace_module
-from phasequant.numerics import Rotation
+from phasequant.nn import OnlineMap, QuantLinear, replace_module
+from phasequant.numerics import LinearMap
 from phasequant.stream import resident
-from phasequant.transform.contract import Transform
+from phasequant.transform.contract import BlockTransform, Transform
 
 WORK = torch.float64
-
-
-def per_head(x: Float[Tensor, "*rows N*H"], rotation: Rotation) -> Float[Tensor, "*rows N*H"]:
-    """Rotate each head's channels of the last axis."""
-    return rotation.apply(x.unflatten(-1, (-1, rotation.size))).flatten(-2)
-
-
-def across_heads(x: Float[Tensor, "*rows N*H"], rotation: Rotation) -> Float[Tensor, "*rows N*H"]:
-    """Mix the heads: channel h of all heads together."""
-    return rotation.apply(x.unflatten(-1, (rotation.size, -1)).transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+Dense = tuple[Tensor, Tensor | None]
 
 
 def untie(model: PreTrainedModel, model_map: ModelMap) -> None:
@@ -43,91 +38,121 @@ def untie(model: PreTrainedModel, model_map: ModelMap) -> None:
         model.all_tied_weights_keys = {}
 
 
-def _weight_in(weight: Tensor, gain: Tensor | None, rotation: Rotation | None) -> Tensor:
+def _weight_in(weight: Tensor, gain: Tensor | None, rotation: LinearMap | None) -> Tensor:
     """W·diag(γ)·R: what a reader of the rotated, gain-free input holds."""
     if gain is not None:
-        weight = weight * gain
+        weight = weight * gain.to(weight)
     return weight if rotation is None else rotation.apply(weight)
 
 
-def _weight_out(weight: Tensor, rotation: Rotation | None) -> Tensor:
-    """Rᵀ·W: what a writer to the rotated output holds."""
-    return weight if rotation is None else rotation.apply(weight.T).T
+def _write(dense: Dense, out: LinearMap) -> Dense:
+    """A writer whose output goes through `out`: y·T."""
+    weight, bias = dense
+    return out.apply(weight.T).T, None if bias is None else out.apply(bias)
 
 
-def _online(group: str, transform: Transform, model_map: ModelMap, dtype: torch.dtype) -> OnlineRotation | None:
-    if group == "o" and transform.heads is not None:
-        return OnlineRotation.of(transform.heads, tail=model_map.shape.d_head, dtype=dtype)
-    if group == "down" and transform.down is not None:
-        return OnlineRotation.of(transform.down, dtype=dtype)
-    return None
-
-
-def _transformed(
-    linear: nn.Linear, name: str, group: str, gain: Tensor | None, transform: Transform, model_map: ModelMap
-) -> QuantLinear:
-    family = model_map.family
-    weight = linear.weight.detach().to(WORK)
-    bias = linear.bias.detach().to(WORK) if linear.bias is not None else None
-    if name == family.value and transform.value is not None:
-        weight = per_head(weight.T, transform.value).T
-        bias = per_head(bias, transform.value) if bias is not None else None
-    if group == "o":
-        if transform.value is not None:
-            weight = per_head(weight, transform.value)
-        if transform.heads is not None:
-            weight = across_heads(weight, transform.heads)
-    if group == "down" and transform.down is not None:
-        weight = transform.down.apply(weight)
-    if model_map.group(group).norm is not None:
-        weight = _weight_in(weight, gain, transform.residual)
-    if name in family.writers:
-        weight = _weight_out(weight, transform.residual)
-        if bias is not None and transform.residual is not None:
-            bias = transform.residual.apply(bias)
-    kept = torch.promote_types(linear.weight.dtype, torch.float32)
-    online = _online(group, transform, model_map, kept)
-    module = QuantLinear.dense(weight.to(kept).contiguous(), bias.to(kept) if bias is not None else None, online)
-    return module.to(linear.weight.device)
-
-
-def _take_gain(norm: nn.Module) -> Tensor:
-    """A norm's gain; the norm keeps ones."""
+def _new_gain(norm: nn.Module, scale: Tensor | None, folds: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Give a norm its new gain g; what its readers' columns are multiplied by before R1, and divided by after."""
     weight = norm.get_parameter("weight")
-    gain = weight.detach().to(WORK, copy=True)
-    weight.data.fill_(1.0)
-    return gain
+    old = weight.detach().to(WORK, copy=True)
+    one = torch.ones_like(old)
+    new = one if folds else old
+    if scale is not None:
+        new = (new * scale.to(new)).to(stored).to(WORK)
+    weight.data.copy_(new.to(weight.dtype))
+    if folds:
+        return old, new
+    return torch.where(new != 0, old / new.where(new != 0, 1.0), 0.0), one
 
 
-def _transform_group(block: nn.Module, group: GroupNames, transform: Transform, model_map: ModelMap) -> None:
-    gain = None
-    if group.norm is not None and transform.folds_norms:
-        gain = _take_gain(block.get_submodule(group.norm))
-    for name in group.linears:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        replace_module(block, name, _transformed(linear, name, group.name, gain, transform, model_map))
+def transform_block(
+    block: nn.Module,
+    maps: BlockTransform,
+    model_map: ModelMap,
+    *,
+    residual: LinearMap | None = None,
+    folds_norms: bool = False,
+    stored: torch.dtype = torch.float32,
+) -> None:
+    """Change one block in place."""
+    family, shape = model_map.family, model_map.shape
+    dense: dict[str, Dense] = {}
+    for group in model_map.groups:
+        for name in group.linears:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            bias = linear.bias.detach().to(WORK) if linear.bias is not None else None
+            dense[name] = linear.weight.detach().to(WORK), bias
+    if maps.value is not None:
+        dense[family.value] = _write(dense[family.value], maps.value)
+    if "down" in maps.scales:
+        dense[family.up] = _write(dense[family.up], LinearMap.scaling(maps.scales["down"]))
+    for group in model_map.groups:
+        scale = maps.scales.get(group.name)
+        if group.norm is not None:
+            before, after = _new_gain(block.get_submodule(group.norm), scale, folds_norms, stored)
+        for name in group.linears:
+            weight, bias = dense[name]
+            if group.norm is not None:
+                weight = _weight_in(weight, before, residual) / after.to(weight)
+            elif scale is not None:
+                weight = weight / scale.to(weight)
+            if group.name == "o" and maps.value is not None:
+                weight = maps.value.for_heads(shape.kv_heads, shape.heads).inverse_transpose().apply(weight)
+            online = maps.online(group.name)
+            if online is not None:
+                weight = online.inverse_transpose().apply(weight)
+            if name in family.writers and residual is not None:
+                weight, bias = _write((weight, bias), residual)
+            _put(block, name, weight, bias, online)
+
+
+def _put(block: nn.Module, name: str, weight: Tensor, bias: Tensor | None, online: LinearMap | None) -> None:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    kept = torch.promote_types(linear.weight.dtype, torch.float32)
+    module = QuantLinear.dense(
+        weight.to(kept).contiguous(),
+        bias.to(kept) if bias is not None else None,
+        None if online is None else OnlineMap.of(online, kept),
+    )
+    replace_module(block, name, module.to(linear.weight.device))
 
 
 @torch.no_grad()
 def apply(
-    model: PreTrainedModel, model_map: ModelMap, transform: Transform, device: torch.device | None = None
+    model: PreTrainedModel,
+    model_map: ModelMap,
+    transform: Transform,
+    device: torch.device | None = None,
+    stored: torch.dtype | None = None,
 ) -> None:
-    """Change `model` in place; without quantization its logits stay what they were. Blocks visit `device`."""
+    """Change `model` in place; without quantization its logits stay what they were. Blocks visit `device`; gains are
+    rounded to `stored` (default: the model's own type)."""
     family = model_map.family
     untie(model, model_map)
     embeddings = model.get_submodule(family.embeddings)
     head = model.get_submodule(family.head)
+    stored = stored or embeddings.weight.dtype
     if transform.residual is not None:
         rotated = transform.residual.apply(embeddings.weight.to(WORK))
         embeddings.weight.data = rotated.to(embeddings.weight.dtype)
     with progress(f"transform ({transform.method})", model_map.shape.blocks) as tick:
-        for block in model_map.blocks:
-            prefix = model_map.block_name(block)
-            module = model.get_submodule(prefix)
-            with resident(module, device or next(module.parameters()).device):
-                for group in model_map.groups:
-                    _transform_group(module, group, transform, model_map)
+        for index in model_map.blocks:
+            block = model.get_submodule(model_map.block_name(index))
+            with resident(block, device or next(block.parameters()).device):
+                transform_block(
+                    block,
+                    transform.block(index),
+                    model_map,
+                    residual=transform.residual,
+                    folds_norms=transform.folds_norms,
+                    stored=stored,
+                )
             tick()
-    gain = _take_gain(model.get_submodule(family.final_norm)) if transform.folds_norms else None
+    gain = None
+    if transform.folds_norms:
+        norm = model.get_submodule(family.final_norm).get_parameter("weight")
+        gain = norm.detach().to(WORK, copy=True)
+        norm.data.fill_(1.0)
     head.weight.data = _weight_in(head.weight.to(WORK), gain, transform.residual).to(head.weight.dtype)

@@ -24,8 +24,13 @@ class WeightCodes(NamedTuple):
     zero: Float[Tensor, "O G"]
 
 
-def round_to_nearest(weight: Float[Tensor, "O I"], spec: QuantSpec) -> WeightCodes:
-    """Codes of one weight matrix; rows are independent and taken a few at a time."""
+def round_to_nearest(
+    weight: Float[Tensor, "O I"], spec: QuantSpec, clips: Float[Tensor, "O G"] | None = None
+) -> WeightCodes:
+    """Codes of one weight matrix; rows are independent and taken a few at a time. `clips`: learned fractions, which
+    replace the grid's own."""
     rows = max(1, ROWS_AT_ONCE // weight.shape[1])
-    pieces = [quantize(part, spec) for part in weight.to(torch.float32).split(rows)]
+    parts = weight.to(torch.float32).split(rows)
+    ratios = [None] * len(parts) if clips is None else clips.to(parts[0]).split(rows)
+    pieces = [quantize(part, spec, ratio) for part, ratio in zip(parts, ratios, strict=True)]
     return WeightCodes(*(torch.cat(column) for column in zip(*pieces, strict=True)))
