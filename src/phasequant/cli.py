@@ -261,10 +261,12 @@ def evaluate(
 def compare(
     model: Model,
     recipes: Annotated[str, typer.Option("--recipes", help="presets or YAML files, with commas between")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the rows and the page; goes on there")] = Path(
-        "phasequant-compare"
-    ),
-    policies: Annotated[str, typer.Option("--policies", help="plans under which each is measured")] = "uniform,paper,budget",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder for the rows and the page; an interrupted run goes on there")
+    ] = Path("phasequant-compare"),
+    policies: Annotated[
+        str, typer.Option("--policies", help="plans under which each is measured")
+    ] = "uniform,paper,budget",
     a8_share: Annotated[float, typer.Option("--a8-share", help="share that the budget plan may spend")] = 0.125,
     weights: Annotated[str | None, typer.Option("--weights", help="short for --set weights.method=…")] = None,
     text: Text = "builtin",

@@ -38,6 +38,8 @@ from phasequant.recipe import Recipe
 from phasequant.report import write_comparison
 from phasequant.source import Source, check_finite
 
+Opener = Callable[[], AbstractContextManager[PreTrainedModel]]
+
 POLICY_ORDER = ("uniform", "paper", "budget")
 ROWS = "rows"
 FULL = 16
@@ -95,7 +97,7 @@ class _Rows:
         partial.replace(path)
 
 
-def _candidates(run: Quantized, plan: PrecisionPlan) -> dict[int, Callable[[], AbstractContextManager[PreTrainedModel]]]:
+def _candidates(run: Quantized, plan: PrecisionPlan) -> dict[int, Opener]:
     """KV bits → what opens the model for a chunk."""
 
     @contextmanager
@@ -106,7 +108,7 @@ def _candidates(run: Quantized, plan: PrecisionPlan) -> dict[int, Callable[[], A
                 stack.enter_context(kv_in_16_bits(model))
             yield model
 
-    found = {FULL: lambda: opened(True)}
+    found: dict[int, Opener] = {FULL: lambda: opened(True)}
     if plan.kv is not None:
         found[plan.kv.bits] = lambda: opened(False)
     return found
@@ -131,10 +133,11 @@ class _Comparison:
         """Rows of one quantized model under several plans."""
         seen = made.observations[-1]
         run = pipeline.finish(made, plans[wanted[0].policy.name])
+        clipped = {name: pipeline.with_learned_clips(plan, made.transform) for name, plan in plans.items()}
         candidates = {
             (recipe.policy.name, bits): opener
             for recipe in wanted
-            for bits, opener in _candidates(run, pipeline.with_learned_clips(plans[recipe.policy.name], made.transform)).items()
+            for bits, opener in _candidates(run, clipped[recipe.policy.name]).items()
         }
         named = {f"{policy}, KV{bits}": opener for (policy, bits), opener in candidates.items()}
         scores, original = score(named, self.tokens, self.source.model)
@@ -180,7 +183,9 @@ class _Comparison:
         raw = any(recipe.policy.name == "threshold" and recipe.policy.coordinates == "raw" for recipe in wanted)
         made = pipeline.observe_and_transform(self._copy(), wanted[0], raw=raw, transformed=True, noise=noise)
         seen = Seen(*made.observations)
-        plans = {recipe.policy.name: make_plan(recipe, self.source.map, seen) for recipe in wanted}
+        plans: dict[str, PrecisionPlan] = {
+            recipe.policy.name: make_plan(recipe, self.source.map, seen) for recipe in wanted
+        }
         return self._measure(name, wanted, made, plans)
 
     def learned(self, name: str, recipe: Recipe, drafts: dict[str, Seen]) -> list[dict[str, Any]]:
@@ -193,9 +198,7 @@ class _Comparison:
             )
             drafts["draft"] = Seen(*draft.observations)
         plan = make_plan(recipe, self.source.map, drafts.get("draft"))
-        made = pipeline.observe_and_transform(
-            self._copy(), recipe, raw=False, transformed=True, noise=False, plan=plan
-        )
+        made = pipeline.observe_and_transform(self._copy(), recipe, raw=False, transformed=True, noise=False, plan=plan)
         return self._measure(name, [recipe], made, {recipe.policy.name: plan})
 
 

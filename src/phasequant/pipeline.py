@@ -1,9 +1,9 @@
 """The walk: source → observe → plan → transform → weights → a quantized model in memory.
 
-A plan is made before what is learned for it: a transform that does not see bits (QuaRot, FRTQ …) is applied first and the
-plan made in its coordinates; one that does (FlatQuant, SpinQuant, learned clips) is drafted at all-low on a copy, the
-plan made there, and the transform then learned for that plan. Weights come last. Everything else happens in place on the
-source's model.
+A plan is made before what is learned for it: a transform that does not see bits (QuaRot, FRTQ …) is applied first and
+the plan made in its coordinates; one that does (FlatQuant, SpinQuant, learned clips) is drafted at all-low on a copy,
+the plan made there, and the transform then learned for that plan. Weights come last. Everything else happens in place
+on the source's model.
 """
 
 import copy

@@ -127,7 +127,7 @@ class WeightsPart(_Part):
         """The grid; None at 16 bits."""
         if self.bits == 16:
             return None
-        clip = 1.0 if self.clip in ("none", "learned") else self.clip
+        clip = 1.0 if self.clip == "none" or self.clip == "learned" else self.clip
         return QuantSpec(self.bits, self.symmetric, self.granularity, self.group_size, clip)
 
 
@@ -240,7 +240,11 @@ class Recipe(_Part):
     @property
     def learned_clips(self) -> frozenset[str]:
         """Which of weights, activations, kv have clips that are learned."""
-        parts = {"weights": self.weights, "activations": self.activations, "kv": self.kv}
+        parts: dict[str, WeightsPart | ActivationsPart | KvPart] = {
+            "weights": self.weights,
+            "activations": self.activations,
+            "kv": self.kv,
+        }
         return frozenset(name for name, part in parts.items() if part.clip == "learned" and part.bits < 16)
 
     @model_validator(mode="after")

@@ -75,6 +75,11 @@ class Step:
             yield x, y
         self.outputs = outputs
 
+    def drain(self) -> None:
+        """Run over all sequences, for hooks or for the outputs alone."""
+        for _ in self.run():
+            pass
+
     def probe(self, most: int | None = None) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
         """(x, y) for the first `most` sequences (all, if None), without consequence for the next block."""
         for hidden in self._stream.hidden[:most]:
@@ -134,8 +139,7 @@ class BlockStream:
                 with resident(block, self.device):
                     yield step
                     if step.outputs is None:
-                        for _ in step.run():
-                            pass
+                        step.drain()
                 assert step.outputs is not None
                 self.hidden = step.outputs
                 tick()

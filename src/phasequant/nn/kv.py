@@ -6,9 +6,9 @@ Each token's key and value of each kv head is one row (or `group_size` pieces of
 
 Keys are mapped first, after RoPE, by a T of the head size (R3, a Hadamard matrix; or a learned one); queries get T^{-T}
 in the attention function, so q·kᵀ is unchanged but for the rounding: (q·T^{-T})(k·T)ᵀ = q·kᵀ. Values were mapped when
-the weights were folded. A token costs, a head: d_head/2 bytes of codes + 3 bytes (fp16 scale, 8-bit zero) a group, for keys
-and for values. Because every token is rounded on its own, prefill, chunked prefill and decoding see the same numbers,
-with a cache or without.
+the weights were folded. A token costs, a head: d_head/2 bytes of codes + 3 bytes (fp16 scale, 8-bit zero) a group, for
+keys and for values. Because every token is rounded on its own, prefill, chunked prefill and decoding see the same
+numbers, with a cache or without.
 
 Sources: QuaRot (arXiv 2404.00456) for R3 and the asymmetric KV grid; the fp16 scale and including zero are ours.
 """

@@ -5,8 +5,8 @@
     down           x → x·T          the product act(gate)·up has no linear before it to fold into
     keys, queries  k·T, q·T^{-T}    after RoPE, where the KV cache is quantized
 
-All are one operation, two small matrix products (`numerics.linear_map`). The factors stand in the checkpoint: small, and
-then no later version of a table or of a random generator can change what a model computes.
+All are one operation, two small matrix products (`numerics.linear_map`). The factors stand in the checkpoint: small,
+and then no later version of a table or of a random generator can change what a model computes.
 """
 
 from collections.abc import Mapping

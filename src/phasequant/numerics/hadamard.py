@@ -93,8 +93,8 @@ def random_orthogonal(n: int, seed: int) -> Float[Tensor, "n n"]:
 
 
 def spreading_rotation(n: int, seed: int | None = None, *, randomize: bool = False, copies: int = 1) -> LinearMap:
-    """The rotation for width n on the highest rung that reaches it; `randomize` adds seeded random signs. `copies` of it
-    side by side act on a width of copies·n (one a head, say).
+    """The rotation for width n on the highest rung that reaches it; `randomize` adds seeded random signs. `copies` of
+    it side by side act on a width of copies·n (one a head, say).
 
     Signs act before the mixing, since after it they would change no magnitude.
     """

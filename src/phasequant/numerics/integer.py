@@ -67,8 +67,8 @@ def grid(
     best_scale, best_zero = _range_to_grid(low, high, spec)
     best_error = torch.full_like(low, torch.inf)
     for step in range(MSE_STEPS):
-        ratio = 1.0 - step / 100
-        scale, zero = _range_to_grid(low * ratio, high * ratio, spec)
+        fraction = 1.0 - step / 100
+        scale, zero = _range_to_grid(low * fraction, high * fraction, spec)
         rounded = _round_to_grid(grouped, scale[..., None], zero[..., None], spec).sub_(zero[..., None])
         error = rounded.mul_(scale[..., None]).sub_(grouped).abs_().pow_(MSE_NORM).sum(-1)
         better = error < best_error

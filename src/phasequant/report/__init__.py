@@ -1,5 +1,6 @@
-"""The report of a run: one JSON and one page."""
+"""The report of a run, and of a comparison: one JSON and one page."""
 
+from phasequant.report.comparison import write_comparison
 from phasequant.report.page import is_report, write_page
 
-__all__ = ["is_report", "write_page"]
+__all__ = ["is_report", "write_comparison", "write_page"]

@@ -81,8 +81,8 @@ def transform_block(
         for name in group.linears:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            bias = linear.bias.detach().to(WORK) if linear.bias is not None else None
-            dense[name] = linear.weight.detach().to(WORK), bias
+            own = linear.bias.detach().to(WORK) if linear.bias is not None else None
+            dense[name] = linear.weight.detach().to(WORK), own
     if maps.value is not None:
         dense[family.value] = _write(dense[family.value], maps.value)
     if "down" in maps.scales:

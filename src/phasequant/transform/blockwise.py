@@ -175,7 +175,8 @@ def learn_block(job: Job) -> BlockTransform:
         clips=job.clips, maps=job.maps, scales=job.scales,
     ).to(device)  # fmt: skip
     attention = job.block.get_submodule(job.map.family.attention)
-    attention.config._attn_implementation = ATTENTION
+    attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr]
+    _bring(job)
     batch = min(learning.batch, len(job.inputs))
     rounds = len(job.inputs) // batch
     total = learning.epochs * rounds
@@ -189,7 +190,7 @@ def learn_block(job: Job) -> BlockTransform:
             for _ in range(learning.epochs):
                 order = torch.randperm(len(job.inputs), generator=generator)
                 for at in range(rounds):
-                    chosen = order[at * batch : (at + 1) * batch]
+                    chosen = order[at * batch : (at + 1) * batch].to(job.inputs.device)
                     factor = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done / total))
                     x, y = job.inputs[chosen].to(device), job.targets[chosen].to(device)
                     step(x, y, factor)
@@ -198,6 +199,14 @@ def learn_block(job: Job) -> BlockTransform:
     return learned.result(
         job.start, loss_before=before, loss_after=after, seconds=cost.seconds, peak_bytes=float(cost.peak_bytes)
     )
+
+
+def _bring(job: Job) -> None:
+    """Inputs and targets onto the device, where they take less than a quarter of its free memory."""
+    if job.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(job.device)
+        if job.inputs.nbytes + job.targets.nbytes < free // 4:
+            job.inputs, job.targets = job.inputs.to(job.device), job.targets.to(job.device)
 
 
 @torch.no_grad()
@@ -272,7 +281,7 @@ def learn_blocks(
         for tensor in step.block.state_dict().values():
             _digest(past, tensor)
         inputs = torch.stack(stream.hidden).float()
-        list(step.run())
+        step.drain()
         assert step.outputs is not None
         targets = torch.stack(step.outputs).float()
         base = copy.deepcopy(step.block).float()

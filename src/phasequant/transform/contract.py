@@ -7,7 +7,7 @@ computation (rows; no entry = identity):
     qkv        D × D         online, after the norm and its gain
     value      K·H × K·H     folded: v's output (a block a kv head), its inverse transpose in o's input
     heads      M ⊗ I_H       online before o
-    qk         H × H         online on keys after RoPE, its inverse transpose on queries, where the KV cache is quantized
+    qk         H × H         online on keys after RoPE, its inverse transpose on queries, where the KV cache is rounded
     gate_up    D × D         online, after the norm and its gain
     down       F × F         online before down
 

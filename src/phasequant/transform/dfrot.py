@@ -1,8 +1,8 @@
 r"""DFRot: rotations refined by alternating Procrustes, massive tokens weighted up (arXiv 2412.00648).
 
 A randomized Hadamard treats all tokens alike; the few massive ones, nearly one-hot, come out with all channels at the
-same two magnitudes, which a uniform grid resolves badly or well depending on the rotation alone. Over the norms' outputs
-A of all blocks (one sequence of 2048 tokens suffices), rows of massive tokens times α = 100:
+same two magnitudes, which a uniform grid resolves badly or well depending on the rotation alone. Over the norms'
+outputs A of all blocks (one sequence of 2048 tokens suffices), rows of massive tokens times α = 100:
 
     repeat   Z = A·R        B = Q_4(Z), symmetric by token        R ← argmin_R ‖A·R - B‖²  (Procrustes)
 
@@ -101,7 +101,7 @@ def sample(task: Task, *, values: bool, down: bool) -> Samples:
             inputs["down"] = Sample(TOKENS, own)
         v = Sample(TOKENS, own) if values else None
         with gather(step.block, task.map, inputs=inputs, norms=norms, values=v):
-            list(step.run())
+            step.drain()
         found.norms |= {(step.index, name): s.rows for name, s in norms.items()}
         found.gained |= {(step.index, name): inputs[name].rows for name in readers if online}
         if values and v is not None:

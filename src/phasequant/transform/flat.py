@@ -93,7 +93,8 @@ def _start_scales(step: Step, task: Task) -> dict[str, Tensor]:
     alpha = ALPHA if task.part.alpha is None else task.part.alpha
     peaks = {group: Largest() for group in SCALED}
     with gather(step.block, task.map, inputs=peaks):
-        list(step.probe())
+        for _ in step.probe():
+            pass
     found = {}
     for group in task.map.groups:
         if group.name in peaks:

@@ -8,8 +8,8 @@ every token's values to the uniform ones:
     then DFRot's alternation (`dfrot`), massive tokens times α
 
 B is each token's own values in their order, moved to equal distances; `rotation.target: sign` takes ±‖z‖/√D instead.
-Applied to R1 (or, online, after every norm), to R2 of every kv head (over v's outputs, a head a row), to the mixing M of
-heads (over o's inputs), and to R4 where `rotation.down: learned`. R3 stays a Hadamard. 1 × 2048 tokens suffice.
+Applied to R1 (or, online, after every norm), to R2 of every kv head (over v's outputs, a head a row), to the mixing M
+of heads (over o's inputs), and to R4 where `rotation.down: learned`. R3 stays a Hadamard. 1 × 2048 tokens suffice.
 
     folded   R1, R2: free          online   M, R3, R4, as in QuaRot, at the same cost: only their entries differ
 

@@ -173,11 +173,11 @@ class LearnedKV(nn.Module):
 
     def decode(self, states: Tensor, dtype: torch.dtype) -> Tensor:
         """They are dense already."""
-        return states.to(dtype)
+        return _for_attention(states)
 
     def rotate_queries(self, queries: Tensor) -> Tensor:
         """q·T^{-T}."""
-        return queries if self.qk is None else self.qk.inverse_transpose(queries)
+        return _for_attention(queries if self.qk is None else self.qk.inverse_transpose(queries))
 
 
 class _Reader(nn.Module):
@@ -188,7 +188,7 @@ class _Reader(nn.Module):
         self.inputs, self.dense = inputs, dense
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.inputs(x), *self.dense())
+        return nn.functional.linear(self.inputs(x.float()), *self.dense())
 
 
 class _Prepared(nn.Module):
@@ -222,8 +222,8 @@ class LearnedBlock(nn.Module):
         residual: LearnedMap | None = None,
         make: type[LearnedMap] = LearnedMap,
     ) -> None:
-        """`weight_starts`: clip ratios of the weights' scales, by linear. `residual`: a rotation of the residual stream,
-        which belongs to all blocks; `block`'s norms then have no gain. `make`: how maps are made parameters."""
+        """`weight_starts`: clip ratios of the weights' scales, by linear. `residual`: a rotation of the residual
+        stream, which belongs to all blocks; `block`'s norms then have no gain. `make`: how maps are parameters."""
         super().__init__()
         self.block = block.requires_grad_(False)
         self.model_map = model_map
@@ -257,14 +257,17 @@ class LearnedBlock(nn.Module):
                 self.weight_grids[_key(name)] = Grid(weights, learned="weights" in clips, start=begin)
         self.kv: LearnedKV | None = None
         if kv is not None:
-            qk = self.maps["qk"] if "qk" in self.maps else None
-            grids = (Grid(kv, learned="kv" in clips, device=device) for _ in range(2))
-            self.kv = LearnedKV(*grids, qk)  # type: ignore[arg-type]
+            qk = self._map("qk")
+            keys, values = (Grid(kv, learned="kv" in clips, device=device) for _ in range(2))
+            self.kv = LearnedKV(keys, values, qk)
             setattr(block.get_submodule(model_map.family.attention), SLOT, self.kv)
         self._install()
 
     def _map(self, name: str) -> LearnedMap | None:
-        found: LearnedMap | None = self.maps[name] if name in self.maps else None  # type: ignore[assignment]
+        if name not in self.maps:
+            return None
+        found = self.maps[name]
+        assert isinstance(found, LearnedMap)
         return found
 
     def _install(self) -> None:
@@ -327,22 +330,28 @@ class LearnedBlock(nn.Module):
         maps: dict[str, LinearMap | None] = {n: getattr(start, n) for n in MAPS}
         maps |= {name: module.result() for name, module in self.maps.items()}  # type: ignore[operator]
         inputs = {g: one.result() for g, one in self.inputs.items()}  # type: ignore[operator]
-        kv = None
-        if self.kv is not None and self.kv.keys.clip is not None:
-            kv = self.kv.keys.result(), self.kv.values.result()
+        kv: tuple[QuantSpec, QuantSpec] | None = None
+        if self.kv is not None:
+            keys, values = self.kv.keys.result(), self.kv.values.result()
+            kv = None if keys is None or values is None else (keys, values)
         weight_clips = {}
         for name in self._frozen:
             clip = self.weight_grids[_key(name)].clip
             if clip is not None:
                 weight_clips[name] = clip().cpu()  # type: ignore[operator]
         return BlockTransform(
-            **maps,  # type: ignore[arg-type]
+            **maps,
             scales={g: p.detach().exp().to("cpu", torch.float64) for g, p in self.log_scales.items()},
             weight_clips=weight_clips,
             inputs={g: spec for g, spec in inputs.items() if spec is not None},
-            kv=kv,  # type: ignore[arg-type]
+            kv=kv,
             notes=notes,
         )
+
+
+def _for_attention(states: Tensor) -> Tensor:
+    """In bfloat16 on a GPU, which has fast attention for that alone; keys and values were rounded to 4 bits before."""
+    return states.bfloat16() if states.is_cuda else states
 
 
 def _key(name: str) -> str:

@@ -82,7 +82,7 @@ def _observe(step: Step, model_map: ModelMap, sequences: int) -> tuple[dict[str,
         return collect
 
     with gather(step.block, model_map, inputs={g.name: both(g.name) for g in model_map.groups}):
-        list(step.run())
+        step.drain()
     return {n: p.value for n, p in peaks.items() if p.value is not None}, {n: s.rows for n, s in samples.items()}
 
 

@@ -110,7 +110,7 @@ class RotatedModel(nn.Module):
                     weight_starts=starts,
                     residual=self.residual,
                     make=make,
-                )  # fmt: skip
+                )
             )
         self.model.config._attn_implementation = ATTENTION
         decoder = self.model.get_submodule(family.decoder)

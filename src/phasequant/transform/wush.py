@@ -83,7 +83,7 @@ def align_block(step: Step, task: Task, start: BlockTransform, orders: dict[str,
     shape = task.map.shape
     moments = {group.name: SecondMoments(orders[group.name]) for group in task.map.groups}
     with gather(step.block, task.map, inputs=moments):
-        list(step.run())
+        step.drain()
     maps: dict[str, LinearMap] = {}
     for group in task.map.groups:
         x = moments[group.name].mean
