@@ -134,7 +134,7 @@ def test_rotation_keeps_jr_changes_gsr_and_noise_is_measured(tiny):
         source.model.model.embed_tokens.weight[:, 5] *= 30
     tokens = torch.randint(0, 200, (2, 32))
     raw = observe.sweep(source.model, source.map, tokens)
-    transform.apply(source.model, source.map, transform.quarot(source.map, 0))
+    transform.apply(source.model, source.map, transform.fixed_rotations(source.map, 0))
     grids = {"low": QuantSpec(4), "high": QuantSpec(8)}
     rotated = observe.sweep(source.model, source.map, tokens, coordinates="after quarot", noise=grids)
     assert rotated.jump_ratio.all_tokens == pytest.approx(raw.jump_ratio.all_tokens, rel=1e-4)

@@ -252,12 +252,13 @@ def test_dfrot_lowers_the_rounding_error_and_knows_massive_tokens():
     from phasequant.numerics import spreading_rotation
 
     rows = spiky()
-    assert massive_tokens(rows, 0.13)[:4].all() and massive_tokens(rows, 0.13)[4:].double().mean() < 0.2
+    assert massive_tokens(rows, 0.13)[:4].all() and massive_tokens(rows, 0.13)[4:].double().mean() < 0.3
     start = LinearMap.dense(spreading_rotation(64, 0, randomize=True).matrix())
     weighted = torch.where(massive_tokens(rows, 0.13)[:, None], rows * 100, rows)
     found = alternate(weighted, start, 50)
     assert rounding_error(weighted, found) < 0.8 * rounding_error(weighted, start)
-    assert rounding_error(rows[:4], found) < rounding_error(rows[:4], start)
+    massive, unweighted = massive_tokens(rows, 0.13), alternate(rows, start, 50)
+    assert rounding_error(rows[massive], found) < 0.8 * rounding_error(rows[massive], unweighted)
     assert found.orthogonal and relative(found.apply(rows).norm(dim=-1), rows.norm(dim=-1)) < 1e-9
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from phasequant import pipeline
+from phasequant import observe, pipeline
 from phasequant import text as texts
 from phasequant.api import Model, as_recipe, as_source
 from phasequant.arch import GROUPS
@@ -120,9 +120,19 @@ def _gsr(seen: Observations) -> tuple[float, dict[str, float]]:
 
 
 class _Comparison:
-    def __init__(self, source: Source, tokens: Any, rows: _Rows, raw_gsr: float | None) -> None:
-        self.source, self.tokens, self.rows, self.raw_gsr = source, tokens, rows, raw_gsr
+    def __init__(self, source: Source, tokens: Any, rows: _Rows) -> None:
+        self.source, self.tokens, self.rows = source, tokens, rows
         self.original: dict[str, Any] | None = None
+        self._raw: dict[str, float] = {}
+
+    def raw_gsr(self, recipe: Recipe) -> float:
+        """Mean GSR of the model before any transform, on the recipe's calibration sequences; observed once."""
+        key = json.dumps(recipe.calibration.model_dump())
+        if key not in self._raw:
+            tokens, _ = pipeline.calibration_tokens(self.source, recipe)
+            seen = observe.sweep(self.source.model, self.source.map, tokens, device=self.source.compute)
+            self._raw[key] = _gsr(seen)[0]
+        return self._raw[key]
 
     def _copy(self) -> Source:
         return replace(self.source, model=copy.deepcopy(self.source.model))
@@ -162,7 +172,7 @@ class _Comparison:
                 "a8_share": plans[policy].a8_share,
                 "figures": figures,
                 "gsr": gsr,
-                "gsr_raw": self.raw_gsr,
+                "gsr_raw": self.raw_gsr(recipe),
                 "gsr_by_group": by_group,
                 **made.cost,
                 "online_macs": made.transform.online_macs(self.source.map, recipe.kv.bits < FULL),
@@ -243,7 +253,7 @@ def compare(
         "format": 1,
     }
     rows = _Rows(folder, work)
-    comparison = _Comparison(source, tokens, rows, None)
+    comparison = _Comparison(source, tokens, rows)
     found: list[dict[str, Any]] = []
     for name, recipe in lists.items():
         drafts: dict[str, Seen] = {}

@@ -63,12 +63,19 @@ def _block(tensors: Mapping[str, Tensor], header: Mapping[str, Any], prefix: str
     )
 
 
+def _smallest(tensor: Tensor) -> Tensor:
+    """In fp32 where that holds every value exactly, as it does for what was learned in fp32."""
+    narrow = tensor.to(torch.float32)
+    exact = tensor.dtype == torch.float64 and torch.equal(narrow.to(torch.float64), tensor)
+    return (narrow if exact else tensor).contiguous().clone()
+
+
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Whole or not at all: written beside its place, then moved there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         partial = Path(folder) / path.name
-        save_file({n: t.contiguous().clone() for n, t in tensors.items()}, partial, {HEADER: json.dumps(header)})
+        save_file({n: _smallest(t) for n, t in tensors.items()}, partial, {HEADER: json.dumps(header)})
         partial.replace(path)
 
 

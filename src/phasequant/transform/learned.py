@@ -75,13 +75,12 @@ class LearnedMap(nn.Module):
         return apply_map(weight, left, right, tail=self.start.tail, diagonal=diagonal)
 
     def result(self) -> LinearMap:
-        """The map as it stands, fp64."""
+        """The map as it stands, fp64; the very start where it does not learn."""
+        if not self.left.requires_grad:
+            return self.start
         left, right = (None if f is None else f.detach().to("cpu", torch.float64) for f in self.factors())
         assert left is not None
-        kind = self.start.kind if not any(p.requires_grad for p in self.parameters()) else "learned"
-        start = self.start
-        orthogonal = start.orthogonal if kind != "learned" else False
-        return LinearMap(kind, left, right, start.blocks, start.tail, start.diagonal, orthogonal)
+        return replace(self.start, kind="learned", left=left, right=right, orthogonal=False)
 
 
 class LearnedRotation(LearnedMap):
@@ -92,11 +91,12 @@ class LearnedRotation(LearnedMap):
         return self.factors()
 
     def result(self) -> LinearMap:
-        """The rotation as it stands, fp64, cleaned of rounding."""
+        """The rotation as it stands, fp64, cleaned of rounding; the very start where it does not learn."""
+        if not self.left.requires_grad:
+            return self.start
         left, right = (None if f is None else polar(f.detach().to("cpu", torch.float64)) for f in self.factors())
         assert left is not None
-        kind = "learned" if any(p.requires_grad for p in self.parameters()) else self.start.kind
-        return replace(self.start, kind=kind, left=left, right=right, orthogonal=True)
+        return replace(self.start, kind="learned", left=left, right=right, orthogonal=True)
 
 
 class QrRotation(LearnedRotation):

@@ -1,0 +1,124 @@
+"""`compare`: rows for recipes and plans, kept and taken up again; the same figures as `evaluate`."""
+
+import json
+
+import pytest
+
+import phasequant
+from phasequant.cli import app
+from phasequant.compare import compare
+from phasequant.errors import PhaseQuantError
+
+SMALL = [
+    "learning.sequences=4", "learning.seqlen=32", "learning.epochs=1", "learning.steps=1", "learning.batch=2",
+    "calibration.sequences=4", "calibration.seqlen=32", "rotation.iterations=2", "rotation.preconditioning=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def setup(saved, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("PHASEQUANT_CACHE", str(tmp_path / "cache"))
+    options = {
+        "output": tmp_path / "out", "text": text_file, "chunks": 2, "seqlen": 48,
+        "overrides": [*SMALL, f"calibration.text={text_file}"],
+    }  # fmt: skip
+    return saved("llama"), options
+
+
+def test_rows_for_every_recipe_plan_and_kv(setup):
+    model, options = setup
+    result, page = compare(model, ["quarot", "flat", "16bit"], **options)
+    rows = {(row["recipe"], row["policy"]): row for row in result["rows"]}
+    assert len(rows) == 7 and not any(row["error"] for row in rows.values())
+    for (recipe, policy), row in rows.items():
+        assert set(row["figures"]) == ({"16"} if recipe == "16bit" else {"16", "4"})
+        assert row["seconds"] >= 0 and row["peak_bytes"] > 0 and row["gsr"] > 0 and row["gsr_raw"] > 0
+        assert (row["a8_share"] > 0) == (policy != "uniform")
+        assert row["a8_share"] <= 0.125 + 1e-9 or policy == "paper"
+    assert rows["16bit", "uniform"]["figures"]["16"]["kl"] == pytest.approx(0, abs=1e-2)
+    assert rows["flat", "uniform"]["online_macs"] > rows["quarot", "uniform"]["online_macs"] > 0
+    assert page.is_file() and json.loads((page.parent / "compare.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("recipe", ["quarot", "flat"])
+def test_rows_equal_evaluate(recipe, setup):
+    """What a row says is what `eval` says of the same recipe and policy."""
+    model, options = setup
+    result, _ = compare(model, [recipe], policies=["budget"], **options)
+    alone = phasequant.evaluate(
+        model, recipe=recipe, text=options["text"], chunks=2, seqlen=48,
+        overrides=[*options["overrides"], "policy.name=budget", "policy.a8_share=0.125"],
+    )  # fmt: skip
+    (row,) = result["rows"]
+    assert row["figures"]["4"]["ppl"] == pytest.approx(alone["ppl"], rel=1e-9)
+    assert row["figures"]["4"]["kl"] == pytest.approx(alone["kl"], rel=1e-9)
+    assert row["weight_bytes"] == alone["weight_bytes"] and result["original"]["ppl"] == alone["ppl_16bit"]
+
+
+def test_an_interrupted_comparison_goes_on(setup, monkeypatch):
+    model, options = setup
+    from phasequant import pipeline
+
+    finish, calls = pipeline.finish, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return finish(*args)
+
+    monkeypatch.setattr(pipeline, "finish", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, ["flat", "wush"], **options)
+    assert len(list((options["output"] / "rows").glob("*.json"))) == 2
+    before = len(calls)
+    result, _ = compare(model, ["flat", "wush"], **options)
+    assert len(calls) - before == 2  # flat's third plan, and wush once for all
+    assert len(result["rows"]) == 6 and len(calls) == before + 2
+    again, _ = compare(model, ["wush", "flat"], **options)
+    assert len(calls) == before + 2 and again["original"] == result["original"]
+    other = {**options, "overrides": [*options["overrides"], "seed=1"]}
+    compare(model, ["wush"], **other)
+    assert len(calls) == before + 3  # another seed is other work
+
+
+def test_what_cannot_be_done_is_said_and_tried_again(setup, tmp_path):
+    model, options = setup
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("compose: [w4, a4, kv4]\ntransform: {method: load, file: none.safetensors}\n")
+    result, _ = compare(model, [str(wrong), "quarot"], policies=["uniform"], **options)
+    bad, good = result["rows"]
+    assert "none.safetensors" in bad["error"] and good["error"] is None
+    assert len(list((options["output"] / "rows").glob("*.json"))) == 1
+    with pytest.raises(PhaseQuantError, match="unknown policy"):
+        compare(model, ["quarot"], policies=["papr"], **options)
+    with pytest.raises(PhaseQuantError, match="there is no recipe 'quart'"):
+        compare(model, ["quart"], **options)
+    with pytest.raises(PhaseQuantError, match="nothing to compare"):
+        compare(model, [], **options)
+    (options["output"] / "mine.txt").write_text("x")
+    with pytest.raises(PhaseQuantError, match="holds other files"):
+        compare(model, ["quarot"], **options)
+
+
+def test_command_line(setup, capsys):
+    from typer.testing import CliRunner
+
+    model, options = setup
+    sets = [part for one in SMALL for part in ("--set", one)]
+    arguments = ["compare", str(model), "--recipes", "rtn, quarot", "--policies", "uniform", "--weights", "rtn",
+                 "-o", str(options["output"]), "--text", str(options["text"]), "--calib", str(options["text"]),
+                 "--chunks", "1", "--seqlen", "48", "--json", *sets]  # fmt: skip
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    last = json.loads(found.output.splitlines()[-1])
+    assert [row["recipe"] for row in last["rows"]] == ["rtn", "quarot"]
+    assert "GSR" in found.output and "quarot" in found.output
+
+
+def test_observations_of_a_row_are_of_what_it_ran(setup):
+    """The GSR of a learned row is that of its own transform, not of the draft that its plan was made on."""
+    model, options = setup
+    result, _ = compare(model, ["flat"], policies=["uniform", "paper"], **options)
+    uniform, paper = result["rows"]
+    assert uniform["gsr"] != paper["gsr"] and uniform["gsr_raw"] == paper["gsr_raw"]
