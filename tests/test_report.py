@@ -153,3 +153,11 @@ def test_charts_are_drawn(tmp_path: Path, report: Json) -> None:
     divs = re.split(r'(?=<div class="chart)', dom.split('id="figures"')[0])[1:]
     assert len(divs) == len(build(report))
     assert all('class="main-svg"' in div for div in divs)
+
+
+def test_what_learning_took_is_said(tmp_path):
+    blocks = [{"loss_before": 0.5, "loss_after": 0.1, "seconds": 7.0, "peak_bytes": 2.0**30}] * BLOCKS
+    cost = {"seconds": 21.7, "peak_bytes": 3 * 2**30, "seconds_per_block": 7.23, "blocks": blocks}
+    page = write_page(make_report(learning=cost), tmp_path).read_text()
+    assert "took 21.7 s, 7.23 s a block, with 3.00 GiB" in page and "20 %" in page
+    assert "took" not in write_page(make_report(), tmp_path).read_text()

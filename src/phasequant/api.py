@@ -123,7 +123,12 @@ def plans_of(recipe: Recipe, model_map: ModelMap, seen: Seen) -> dict[str, Preci
 
 
 def describe(
-    source: Source, recipe: Recipe, transform: Transform, observations: list[Observations], calibration: Any
+    source: Source,
+    recipe: Recipe,
+    transform: Transform,
+    observations: list[Observations],
+    calibration: Any,
+    cost: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The parts of a report that a run's observations give."""
     raw, transformed = observations
@@ -136,6 +141,7 @@ def describe(
         "recipe": recipe.to_dict(),
         "calibration": calibration,
         "transform": transform.describe(source.map, recipe.kv.bits < 16),
+        "learning": cost,
         "thresholds": {
             "jr": tau_jr,
             "snr": tau_snr,
@@ -173,7 +179,7 @@ def analyze(
     plans = plans_of(wanted, source.map, Seen(*made.observations))
     plan = plans[wanted.policy.name]
     report = {
-        **describe(source, wanted, made.transform, made.observations, made.calibration),
+        **describe(source, wanted, made.transform, made.observations, made.calibration, made.cost),
         "plan": plan.to_dict(),
         "plans": {name: p.to_dict() for name, p in plans.items()},
         "results": [],

@@ -40,7 +40,9 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
 
-out = Console(highlight=False)
+WIDE = 150  # columns of a table that goes to a file or a pipe
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
 
 
 def _overrides(
@@ -98,6 +100,9 @@ def demo(
     calib: Calib = None,
     chunks: Annotated[int, typer.Option("--chunks", help="chunks to evaluate on")] = 4,
     model: Annotated[str, typer.Option("--model", help="another model than the embedded one")] = "demo",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="another recipe than quarot; flat-quick learns, in minutes on a CPU")
+    ] = "quarot",
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -106,7 +111,7 @@ def demo(
     from phasequant.demo import run_demo
 
     set_quiet(quiet)
-    report, page = run_demo(model, output, text=text, calib=calib, chunks=chunks, device=device)
+    report, page = run_demo(model, output, text=text, calib=calib, chunks=chunks, device=device, recipe=recipe)
     out.print(table(report["results"], report["evaluation"]))
     out.print(f"report: {page}", soft_wrap=True, markup=False)
     _emit({"report": str(page), "results": report["results"], "evaluation": report["evaluation"]}, as_json)
@@ -168,6 +173,9 @@ def quantize(
     calib: Calib = None,
     seed: Seed = None,
     plan: PlanFile = None,
+    keep: Annotated[
+        Path | None, typer.Option("--save-transform", help="keep the transform too, for transform.method=load")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -182,6 +190,8 @@ def quantize(
     result = phasequant.quantize(
         model, recipe or "quarot", overrides=overrides, plan=plan, output=output, device=device
     )
+    if keep is not None:
+        result.save_transform(keep)
     size = weight_bytes(result.model)
     kv_bytes = kv_bytes_per_token(result.model, result.map)
     out.print(

@@ -31,8 +31,10 @@ from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan,
 from phasequant.recipe import Recipe
 from phasequant.source import Source
 from phasequant.stream import resident
-from phasequant.surroundings import measured
+from phasequant.surroundings import Cost, measured
 from phasequant.transform import Transform
+
+WORTH_SAYING = 2.0  # seconds
 
 
 @dataclass
@@ -47,6 +49,10 @@ class Quantized:
     transform: Transform
     observations: list[Observations] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
+
+    def save_transform(self, path: str | Path) -> Path:
+        """Keep the transform alone: `transform: {method: load, file: …}` finds it again, for another weight method."""
+        return transform.save_transform(path, self.transform, self.map)
 
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint; see `checkpoint.native`."""
@@ -133,9 +139,23 @@ def learn(
     )
     with measured(source.compute) as cost:
         chosen = (method.rough if rough and method.rough else method.learn)(task)
-        if clips and not method.learns_clips:
+        if clips and not method.learns_clips and not all(block.inputs or block.weight_clips for block in chosen.blocks):
             chosen = transform.learn_clips(task, chosen)
-    return chosen, cost.to_dict()
+    return chosen, _costs(chosen, cost, source.map.shape.blocks)
+
+
+def _costs(chosen: Transform, cost: Cost, blocks: int) -> dict[str, Any]:
+    """What a transform took, in all and by block (where blocks are learned one by one, of each)."""
+    if cost.seconds > WORTH_SAYING:
+        note(
+            f"learned ({chosen.method}): {cost.seconds:.0f} s, {cost.seconds / blocks:.1f} s a block, "
+            f"peak memory {cost.peak_bytes / 2**30:.2f} GiB"
+        )
+    return {
+        **cost.to_dict(),
+        "seconds_per_block": cost.seconds / blocks,
+        "blocks": [dict(block.notes) for block in chosen.blocks if block.notes],
+    }
 
 
 def observe_and_transform(

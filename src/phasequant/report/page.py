@@ -26,6 +26,9 @@ FILES = {"report.json", "report.html", "plan.json", "recipe.yaml"}
 RUNGS = {
     "hadamard": "",
     "diagonal": "",
+    "learned": "",
+    "wush": "",
+    "kronecker": "",
     "block-hadamard": "no Hadamard matrix of the whole width: it mixes within blocks only",
     "random-orthogonal": "no Hadamard matrix of this width: a dense random rotation, costlier and less even",
     "identity": "width 1: nothing to rotate",
@@ -87,6 +90,7 @@ def context(report: Json) -> Json:
         "gaussian": gaussian_gsr(model["d_model"]),
         "floor": charts.FLOOR,
         "mean_gsr": [mean_gsr(side) for side in charts.sides(report)],
+        "learning": learning_row(report.get("learning")),
         "transform": [transform_row(entry, model) for entry in report["transform"]],
         "phases": [phase_row(phase) for phase in report["observations"]["raw"]["phases"]],
         "drawn": charts.BANDS,
@@ -270,6 +274,28 @@ def linear_macs(model: Json) -> int:
     heads, width = model["heads"] * model["d_head"], model["d_model"]
     keys = 2 * model["kv_heads"] * model["d_head"]
     return model["blocks"] * width * (2 * heads + keys + 3 * model["d_ffn"])
+
+
+def learning_row(cost: Json | None) -> Json | None:
+    """What learning the transform took; None where nothing is known of it."""
+    if not cost:
+        return None
+    return {
+        "seconds": f"{cost['seconds']:.1f}",
+        "a_block": f"{cost['seconds_per_block']:.2f}",
+        "peak": f"{cost['peak_bytes'] / 2**30:.2f}",
+        "blocks": [
+            {
+                "block": index,
+                "before": f"{one['loss_before']:.3g}",
+                "after": f"{one['loss_after']:.3g}",
+                "share": f"{100 * one['loss_after'] / one['loss_before']:.0f} %" if one["loss_before"] else "–",
+                "seconds": f"{one['seconds']:.1f}",
+                "peak": f"{one['peak_bytes'] / 2**30:.2f}",
+            }
+            for index, one in enumerate(cost["blocks"])
+        ],
+    }
 
 
 def transform_row(entry: Json, model: Json) -> Json:

@@ -16,7 +16,7 @@ B is where the grid would like Z to be; each turn lowers the rounding error. A t
     everything else (R2, M, R3, R4) as in QuaRot
 
 No gradients; one SVD of D × D a turn. At most `rotation.iterations` turns; it stops when a turn gains less than 1e-4.
-The sample is capped at 16,384 tokens, the massive ones always among them.
+The sample is capped at 16,384 tokens (1,024 for what belongs to one block), the massive ones always among them.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,7 @@ from phasequant.transform.quarot import fixed_rotations
 
 GRID = QuantSpec(4, True, "token")
 TOKENS = 16_384
+SITE_TOKENS = 1024  # for a rotation of one place in one block
 LEAST_GAIN = 1e-4
 
 Target = Callable[[Float[Tensor, "T n"]], Float[Tensor, "T n"]]
@@ -89,17 +90,17 @@ def sample(task: Task, *, values: bool, down: bool) -> Samples:
     online = task.rotation.where == "online"
     sequences, blocks = task.tokens.shape[0], task.map.shape.blocks
     shared = max(TOKENS // (2 * blocks * sequences), 64)
-    own = max(TOKENS // sequences, 64)
+    own = max(SITE_TOKENS // sequences, 16)
     stream = BlockStream(task.model, task.map, task.tokens, task.device)
     readers = [g.name for g in task.map.groups if g.norm is not None]
     for step in stream.steps(f"sample ({task.part.method})"):
         norms = {name: Sample(TOKENS, shared) for name in readers} if not online else {}
-        inputs = {name: Sample(TOKENS, own) for name in readers} if online else {}
+        inputs = {name: Sample(SITE_TOKENS, own) for name in readers} if online else {}
         if values:
-            inputs["o"] = Sample(TOKENS, own)
+            inputs["o"] = Sample(SITE_TOKENS, own)
         if down:
-            inputs["down"] = Sample(TOKENS, own)
-        v = Sample(TOKENS, own) if values else None
+            inputs["down"] = Sample(SITE_TOKENS, own)
+        v = Sample(SITE_TOKENS, own) if values else None
         with gather(step.block, task.map, inputs=inputs, norms=norms, values=v):
             step.drain()
         found.norms |= {(step.index, name): s.rows for name, s in norms.items()}
