@@ -353,6 +353,15 @@ def test_clips_are_learned_for_any_transform(tiny, ids):
     assert torch.equal(found.residual.matrix(), start.residual.matrix())
 
 
+def test_kept_blocks_know_the_rotation_of_the_residual(tiny, ids, tmp_path):
+    """Two seeds of QuaRot differ in nothing but R1: their clips are learned apart."""
+    source = tiny("llama")
+    given = replace(task(source.model, source.map, ids, quick("quarot"), {"weights"}), kept=tmp_path)
+    for seed in (0, 1):
+        transform.learn_clips(given, fixed_rotations(source.map, seed))
+    assert len(list(tmp_path.iterdir())) == 2 * source.map.shape.blocks
+
+
 @pytest.mark.parametrize("optimizer", ["cayley", "qr-orth", "zeta"])
 @pytest.mark.parametrize("loss", ["mse", "kl"])
 def test_spin_lowers_its_loss_and_stays_orthogonal(optimizer, loss, tiny, ids):

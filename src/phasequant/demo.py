@@ -84,10 +84,7 @@ def run_demo(
     seen = Seen(*made.observations)
     candidates: dict[str, Candidate]
     if pipeline.sees_plan(wanted):
-        plans = {
-            name: make_plan(wanted.with_(f"policy.name={name}"), source.map, seen) for name in ("uniform", "paper")
-        }
-        runs, shown = _learned_rows(source, recipe, wanted, made, plans)
+        runs, shown = _learned_rows(source, recipe, wanted, made)
         candidates = {name: run.model for name, run in runs.items()}
         rows_plans = {name: run.plan for name, run in runs.items()}
         models = {name: run.model for name, run in runs.items()}

@@ -44,13 +44,23 @@ def apply_map(
     if b == 1:  # dense or block-diagonal
         if left.shape[0] == 1:
             return x @ left[0] if x.shape[-1] == a else (x.unflatten(-1, (-1, a)) @ left[0]).flatten(-2)
-        return (x.unflatten(-1, (-1, 1, a)) @ left).flatten(-3)
+        return _by_block(x.unflatten(-1, (-1, 1, a)), left).flatten(-3)
     parts = x.unflatten(-1, (-1, a, b))
     if right is not None:
-        parts = parts @ (right[0] if right.shape[0] == 1 else right).to(x)
+        parts = parts @ right[0].to(x) if right.shape[0] == 1 else _by_block(parts, right.to(x))
     if a > 1:
-        parts = (left[0].T if left.shape[0] == 1 else left.transpose(-1, -2)) @ parts
+        if left.shape[0] == 1:
+            parts = left[0].T @ parts
+        else:
+            parts = _by_block(parts.transpose(-1, -2), left).transpose(-1, -2)
     return parts.flatten(-3)
+
+
+def _by_block(x: Float[Tensor, "*rows m a b"], matrices: Float[Tensor, "m b b"]) -> Float[Tensor, "*rows m a b"]:
+    """Every block times its own matrix: one batched product over blocks, all rows of a block together. (Broadcasting
+    would make a copy of the matrices for every token.)"""
+    rows = x.movedim(-3, 0).reshape(len(matrices), -1, x.shape[-1])
+    return (rows @ matrices).unflatten(1, (*x.shape[:-3], x.shape[-2])).movedim(0, -3)
 
 
 @dataclass(frozen=True, eq=False)

@@ -273,8 +273,11 @@ def learn_blocks(
     past = hashlib.sha256()
     _digest(past, task.tokens)
     _digest(past, task.model.get_submodule(task.map.family.embeddings).weight)
-    stream = BlockStream(task.model, task.map, task.tokens, task.device)
     residual = start.residual
+    past.update(f"{torch.__version__} {start.folds_norms} {residual and residual.layout()}".encode())
+    for tensor in residual.tensors().values() if residual is not None else ():
+        _digest(past, tensor)
+    stream = BlockStream(task.model, task.map, task.tokens, task.device)
     found: list[BlockTransform] = []
     kept = 0
     for step in stream.steps(f"learn ({start.method})"):

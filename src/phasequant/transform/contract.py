@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from phasequant.arch import GROUPS, ModelMap
+from phasequant.arch import ModelMap
 from phasequant.nn import Activations
 from phasequant.numerics import LinearMap, QuantSpec
 from phasequant.recipe import LearningPart, RotationPart, TransformPart
@@ -144,10 +144,6 @@ class Task:
     stored: torch.dtype
     learned_clips: frozenset[str] = frozenset()
     kept: Path | None = None
-
-    def bits(self, block: int) -> tuple[QuantSpec | None, ...]:
-        """The grids of a block's groups, in order."""
-        return tuple(self.activations.get((block, group)) for group in GROUPS)
 
 
 @dataclass(frozen=True)

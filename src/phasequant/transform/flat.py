@@ -32,7 +32,7 @@ from phasequant.transform.blockwise import learn_blocks
 from phasequant.transform.contract import MAPS, SCALED, BlockTransform, Task, Transform
 from phasequant.transform.gather import Largest, gather, group_weight
 from phasequant.transform.quarot import fixed_rotations
-from phasequant.transform.wush import _orders, align_block
+from phasequant.transform.wush import align_block, block_orders
 
 ALPHA = 0.3
 LARGEST_FACTOR = 512
@@ -111,7 +111,7 @@ def flat(task: Task) -> Transform:
     """FlatQuant's transform of a model."""
     learning = task.learning
     start = _begin(task)
-    orders = _orders(task) if learning.start == "wush" else {}
+    orders = block_orders(task) if learning.start == "wush" else {}
 
     def begin(step: Step, block: BlockTransform) -> BlockTransform:
         if learning.start == "wush":
@@ -125,8 +125,3 @@ def flat(task: Task) -> Transform:
     wanted |= {"qk"} if learning.keys else set()
     made = learn_blocks(task, start, maps=frozenset(wanted) & frozenset(MAPS), scales=learning.scales, begin=begin)
     return replace(made, method="flat" if learning.start != "wush" else "flat+wush")
-
-
-def rough(task: Task) -> Transform:
-    """FlatQuant at its first step, for callers that only need something of its shape."""
-    return fixed_rotations(task.map, task.seed, "online", "flat (unlearned)")

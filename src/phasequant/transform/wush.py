@@ -68,7 +68,8 @@ def _weight_moments(weight: Float[Tensor, "O I"], size: int) -> Float[Tensor, "m
     return parts.transpose(-1, -2) @ parts / len(weight)
 
 
-def _orders(task: Task) -> dict[str, int]:
+def block_orders(task: Task) -> dict[str, int]:
+    """Group → order of the blocks of its map."""
     orders = {g.name: block_order(task.map.width_in(g.name), task.part.block) for g in task.map.groups}
     orders["o"] = task.map.shape.d_head
     for group, order in orders.items():
@@ -99,7 +100,7 @@ def wush(task: Task) -> Transform:
     """WUSH's transform of a model."""
     assert task.tokens is not None
     base = fixed_rotations(task.map, task.seed, "online", "wush")
-    orders = _orders(task)
+    orders = block_orders(task)
     stream = BlockStream(task.model, task.map, task.tokens, task.device)
     blocks = [align_block(step, task, base.block(step.index), orders) for step in stream.steps("wush")]
     return replace(base, blocks=tuple(blocks))
