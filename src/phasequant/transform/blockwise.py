@@ -43,7 +43,7 @@ from phasequant.transform.learned import LearnedBlock
 
 FLOOR = 1e-3  # of the learning rate, at the end of the cosine
 MATRIX_LR = {"adamw": 5e-3, "zeta": 5e-3}
-VERSION = 1  # of what a kept block means
+VERSION = 2  # of what a kept block means
 
 
 @dataclass
@@ -244,10 +244,12 @@ def _describe(job: Job) -> str:
     )
 
 
-def _key(job: Job, past: Any) -> str:
-    """Names a job by all that its result depends on: `past` has seen tokens, embeddings and all blocks up to this."""
+def _key(job: Job, task: Task, past: Any) -> str:
+    """Names a job by all that its result depends on: `past` has seen tokens, embeddings and all blocks up to this, and
+    what makes the block's start of its inputs is in the recipe's part."""
     hasher = past.copy()
     hasher.update(_describe(job).encode())
+    hasher.update(task.part.model_dump_json().encode())
     for name in MAPS:
         found: LinearMap | None = getattr(job.start, name)
         for tensor in found.tensors().values() if found is not None else ():
@@ -288,9 +290,6 @@ def learn_blocks(
         assert step.outputs is not None
         targets = torch.stack(step.outputs).float()
         base = copy.deepcopy(step.block).float()
-        first = start.block(step.index)
-        if begin is not None:
-            first = begin(step, first)
         if residual is not None:
             folded = residual
             transform_block(base, BlockTransform(), task.map, residual=folded, folds_norms=start.folds_norms,
@@ -305,7 +304,7 @@ def learn_blocks(
             inputs=inputs,
             targets=targets,
             map=task.map,
-            start=first,
+            start=start.block(step.index),
             grids={group: task.activations.get((step.index, group)) for group in GROUPS},
             weights=task.weights,
             kv=task.kv,
@@ -316,9 +315,11 @@ def learn_blocks(
             seed=task.seed,
             device=task.device,
         )
-        path = None if task.kept is None else task.kept / f"{_key(job, past)}.safetensors"
+        path = None if task.kept is None else task.kept / f"{_key(job, task, past)}.safetensors"
         ready = read_block(path) if path is not None else None
         if ready is None:
+            if begin is not None:
+                job.start = begin(step, job.start)
             ready = learn_block(job)
             if path is not None:
                 write_block(path, ready)
