@@ -400,7 +400,11 @@ def main() -> None:
         stderr.print(f"error: {error.strerror or error}{place}", markup=False, style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        stderr.print("interrupted: nothing was written", markup=False)
+        stderr.print(
+            "interrupted: nothing half-written is left; finished blocks and rows that were kept are taken up when the "
+            "same command runs again",
+            markup=False,
+        )
         sys.exit(130)
 
 

@@ -30,6 +30,7 @@ from phasequant.checkpoint import versions
 from phasequant.console import note, warn
 from phasequant.errors import PhaseQuantError
 from phasequant.evaluate import score, weight_bytes
+from phasequant.fingerprint import of_module
 from phasequant.nn import kv_bytes_per_token, kv_in_16_bits
 from phasequant.observe import Observations
 from phasequant.pipeline import Quantized
@@ -59,15 +60,6 @@ def _open_folder(output: str | Path) -> Path:
     except OSError as error:
         raise PhaseQuantError(f"the output {folder} cannot be made: {error.strerror or error}") from error
     return folder
-
-
-def _weights_digest(source: Source) -> str:
-    hasher = hashlib.sha256()
-    for name, tensor in source.model.state_dict().items():
-        hasher.update(name.encode())
-        hasher.update(tensor.detach().double().sum().cpu().numpy().tobytes())
-        hasher.update(tensor.detach().flatten()[:: max(tensor.numel() // 64, 1)].double().cpu().numpy().tobytes())
-    return hasher.hexdigest()
 
 
 class _Rows:
@@ -226,9 +218,8 @@ def compare(
     chunks: int | None = 4,
     seqlen: int = 2048,
     device: str = "auto",
-    show: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], Path]:
-    """Compare recipes; what compare.json holds, and the path of the page. `show` is called with every row as it comes.
+    """Compare recipes; what compare.json holds, and the path of the page.
 
     `overrides` (`a.b=c`) change every recipe. A recipe's own policy is replaced by each of `policies`.
     """
@@ -248,7 +239,7 @@ def compare(
     check_finite(source.model)
     tokens = texts.cut(corpus, source.tokenizer, seqlen, chunks)
     work = {
-        "model": _weights_digest(source),
+        "model": of_module(source.model),
         "tokens": texts.digest(tokens),
         "versions": versions(),
         "device": source.compute.type,
@@ -284,8 +275,9 @@ def compare(
             if comparison.original is None and row.get("original"):
                 comparison.original = row["original"]
             found.append(row)
-            if show is not None:
-                show(row)
+            figures = row.get("figures", {}).items()
+            told = ", ".join(f"KV{bits} {one['ppl']:.2f}" for bits, one in figures if one["ppl"] is not None)
+            note(f"{name} ({row['policy']}): {row['error'] or told or 'not finite'}")
         result = {
             "versions": versions(),
             "model": {"name": source.name, **source.map.describe()},

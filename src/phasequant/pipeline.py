@@ -120,7 +120,8 @@ def learn(
 ) -> tuple[Transform, dict[str, Any]]:
     """The recipe's transform for a plan, and what it cost. `rough`: what may stand in for it while plans are made."""
     method = transform.METHODS[recipe.transform.method]
-    clips = frozenset() if rough else recipe.learned_clips
+    stand_in = rough and (method.rough is not None or not method.learns_clips)
+    clips = frozenset() if stand_in else recipe.learned_clips
     task = transform.Task(
         model=source.model,
         map=source.map,

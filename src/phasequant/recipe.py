@@ -88,6 +88,9 @@ class LearningPart(_Part):
     lr: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="of matrices; null: flat 5e-3 (zeta 5e-3), spin 1.5 (qr-orth 0.5, zeta 5e-3)"
     )
+    clip_start: Literal["wide", "searched"] = Field(
+        "wide", description="where clips of weights begin: 0.98 of the largest, or what the MSE search finds"
+    )
     clip_lr: Annotated[float, Field(gt=0.0)] = Field(5e-2, description="of clips")
     start: Literal["hadamard", "random", "wush"] = Field("hadamard", description="flat: where its maps begin")
     scales: bool = Field(True, description="flat: learn a scale for every channel too")
@@ -96,10 +99,10 @@ class LearningPart(_Part):
     through_weights: bool = Field(
         True, description="spin: learn through rounded weights; false: 16-bit ones, where GPTQ follows"
     )
-    loss: Literal["mse", "token", "ce", "kl"] = Field(
-        "mse",
-        description="flat: mse of a block's output, or token: the same with every token's error relative to its own "
-        "size. spin: mse means ce (next token); or kl (to the 16-bit model)",
+    loss: Literal["auto", "mse", "token", "ce", "kl"] = Field(
+        "auto",
+        description="by block: mse of its output (auto), or token: the same with every token's error relative to its "
+        "own size. spin: ce of the next token (auto), or kl to the 16-bit model",
     )
 
 
@@ -255,6 +258,12 @@ class Recipe(_Part):
             raise ValueError("transform.file goes with transform.method=load, and only with it")
         if learning.optimizer in ("cayley", "qr-orth") and not spin:
             raise ValueError(f"learning.optimizer={learning.optimizer} learns rotations: it goes with spin")
+        if learning.loss in ("ce", "kl") and not spin:
+            raise ValueError(f"learning.loss={learning.loss} is of a whole model: it goes with spin; take mse or token")
+        if learning.loss in ("mse", "token") and spin:
+            raise ValueError(f"learning.loss={learning.loss} is of one block: spin learns by ce or kl")
+        if self.rotation.where == "online" and method in ("none", "smooth", "load"):
+            raise ValueError(f"rotation.where=online has no meaning with transform.method={method}: it does not choose")
         if learning.optimizer == "adamw" and spin:
             raise ValueError("learning.optimizer=adamw does not keep rotations orthogonal: use cayley, qr-orth or zeta")
         return self

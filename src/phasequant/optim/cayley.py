@@ -22,8 +22,7 @@ Source: Li, Li and Todorovic (arXiv 2002.01113), Cayley SGD with momentum; as Sp
 η = 1.5 with a cosine to 0 over 100 steps, β = 0, 5 iterations.
 """
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from phasequant.errors import PhaseQuantError
+from phasequant.optim.checked import CheckedOptimizer
 from phasequant.optim.qr_orth import qr_orthogonal
 
 START = 1e-3  # a parameter farther than this from orthonormal at the start is a mistake, not rounding
@@ -57,7 +57,7 @@ def cayley_step(
     return y.mT, skew @ columns
 
 
-class CayleySGD(torch.optim.Optimizer):
+class CayleySGD(CheckedOptimizer):
     """SGD that keeps every parameter, a (…, p, n) tensor with orthonormal rows, orthonormal.
 
     `tolerance` bounds max|X·Xᵀ − I| after each step; it is reached by a QR where the step alone does not.
@@ -73,31 +73,16 @@ class CayleySGD(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "iterations": iterations, "tolerance": tolerance})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; parameters that are not orthonormal are refused."""
-        super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except PhaseQuantError:
-            self.param_groups.pop()
-            raise
+    def check(self, group: dict[str, Any]) -> None:
+        """Refuse options and parameters that the step is not made for."""
+        _check(group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], Any]) -> Any: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure`, where given, computes the loss and the gradients first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def move(self) -> None:
+        """One step."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._move(parameter, group)
-        return loss
 
     def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
         x = parameter / torch.linalg.vector_norm(parameter, dim=-1, keepdim=True)

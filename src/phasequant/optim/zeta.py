@@ -34,8 +34,8 @@ code's, which its training scripts use too; the paper itself names β = (0.95, 0
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from phasequant.errors import PhaseQuantError, did_you_mean
+from phasequant.optim.checked import CheckedOptimizer
 
 STAGES = ("coordinate", "spectral")
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -113,7 +114,7 @@ def zeta_update(
     return u * (scale / (_frobenius(u) + eps))
 
 
-class Zeta(torch.optim.Optimizer):
+class Zeta(CheckedOptimizer):
     """Zeta for parameters of two and more dimensions, AdamW (by `vector_betas`) for the others; fp32 or fp64.
 
     Every option may differ by parameter group. `ns_dtype=None` is bf16 on CUDA and the parameter's own elsewhere. A
@@ -145,33 +146,18 @@ class Zeta(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options and parameters that the step is not made for are refused."""
-        super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except PhaseQuantError:
-            self.param_groups.pop()
-            raise
+    def check(self, group: dict[str, Any]) -> None:
+        """Refuse options and parameters that the step is not made for."""
+        _check(group)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], Any]) -> Any: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure`, where given, computes the loss and the gradients first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def move(self) -> None:
+        """One step."""
         trained = [_trained(group["params"]) for group in self.param_groups]  # refused before anything has moved
         for group, params in zip(self.param_groups, trained, strict=True):
             if matrices := [p for p in params if p.ndim >= 2]:
                 self._step_matrices(matrices, group)
             if vectors := [p for p in params if p.ndim < 2]:
                 self._step_vectors(vectors, group)
-        return loss
 
     def _step_matrices(self, params: list[Tensor], group: dict[str, Any]) -> None:
         stages, eps, lr = group["stages"], group["eps"], group["lr"]

@@ -17,33 +17,32 @@ than computing. Memory: one block's activations of a batch, and the inputs and t
 """
 
 import copy
-import hashlib
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from phasequant.arch import GROUPS, ModelMap
-from phasequant.console import note
+from phasequant.console import note, warn
+from phasequant.errors import PhaseQuantError
 from phasequant.nn.attention import ATTENTION
-from phasequant.numerics import LinearMap, QuantSpec
+from phasequant.numerics import QuantSpec
 from phasequant.optim import Zeta
 from phasequant.recipe import LearningPart
-from phasequant.stream import BlockStream
+from phasequant.stream import BlockStream, Step
 from phasequant.surroundings import measured
 from phasequant.transform.apply import transform_block
-from phasequant.transform.contract import MAPS, BlockTransform, Task, Transform
-from phasequant.transform.files import read_block, write_block
+from phasequant.transform.contract import BlockTransform, Task, Transform
+from phasequant.transform.kept import KeptBlocks
 from phasequant.transform.learned import LearnedBlock
 
 FLOOR = 1e-3  # of the learning rate, at the end of the cosine
 MATRIX_LR = {"adamw": 5e-3, "zeta": 5e-3}
-VERSION = 2  # of what a kept block means
 
 
 @dataclass
@@ -174,6 +173,8 @@ def learn_block(job: Job) -> BlockTransform:
         job.block, job.map, job.start, job.grids, job.weights, job.kv,
         clips=job.clips, maps=job.maps, scales=job.scales,
     ).to(device)  # fmt: skip
+    if "weights" in job.clips and job.weights is not None and learning.clip_start == "searched":
+        learned.search_clips(job.weights)
     attention = job.block.get_submodule(job.map.family.attention)
     attention.config._attn_implementation = ATTENTION  # type: ignore[union-attr]
     _bring(job)
@@ -196,6 +197,13 @@ def learn_block(job: Job) -> BlockTransform:
                     step(x, y, factor)
                     done += 1
         after = _mean_loss(learned, job, batch)
+    if not math.isfinite(after):
+        raise PhaseQuantError(
+            f"block {job.index}: the loss is {after} after learning ({before:.3g} before): lower learning.lr "
+            f"(now {learning.lr or 'the default'}) or learning.clip_lr (now {learning.clip_lr})"
+        )
+    if after > before:
+        warn(f"block {job.index}: learning raised its loss, {before:.3g} → {after:.3g}: lower learning.lr")
     return learned.result(
         job.start, loss_before=before, loss_after=after, seconds=cost.seconds, peak_bytes=float(cost.peak_bytes)
     )
@@ -219,44 +227,7 @@ def _mean_loss(learned: LearnedBlock, job: Job, batch: int, most: int = 8) -> fl
     return sum(losses) / min(most, len(job.inputs))
 
 
-def _digest(hasher: Any, tensor: Tensor) -> None:
-    hasher.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
-
-
-def _describe(job: Job) -> str:
-    start = {name: (m.layout() if (m := getattr(job.start, name)) is not None else None) for name in MAPS}
-    return json.dumps(
-        {
-            "version": VERSION,
-            "block": job.index,
-            "grids": {g: s and s.to_dict() for g, s in job.grids.items()},
-            "weights": job.weights and job.weights.to_dict(),
-            "kv": job.kv and job.kv.to_dict(),
-            "clips": sorted(job.clips),
-            "maps": sorted(job.maps),
-            "scales": job.scales,
-            "learning": job.learning.model_dump(),
-            "start": start,
-            "seed": job.seed,
-            "device": job.device.type,
-        },
-        sort_keys=True,
-    )
-
-
-def _key(job: Job, task: Task, past: Any) -> str:
-    """Names a job by all that its result depends on: `past` has seen tokens, embeddings and all blocks up to this, and
-    what makes the block's start of its inputs is in the recipe's part."""
-    hasher = past.copy()
-    hasher.update(_describe(job).encode())
-    hasher.update(task.part.model_dump_json().encode())
-    for name in MAPS:
-        found: LinearMap | None = getattr(job.start, name)
-        for tensor in found.tensors().values() if found is not None else ():
-            _digest(hasher, tensor)
-    for scale in job.start.scales.values():
-        _digest(hasher, scale)
-    return hasher.hexdigest()[:32]
+Begin = Callable[[Step, BlockTransform], BlockTransform]
 
 
 def learn_blocks(
@@ -266,69 +237,71 @@ def learn_blocks(
     maps: frozenset[str] = frozenset(),
     scales: bool = False,
     clips: frozenset[str] | None = None,
-    begin: Any = None,
+    begin: Begin | None = None,
 ) -> Transform:
-    """`start` with every block's `maps`, `scales` and `clips` learned. `begin(step, arguments…)` may give a block's
-    start from its own inputs: (block, inputs, index) → `BlockTransform`."""
+    """`start` with every block's `maps`, `scales` and `clips` learned. `begin(step, block)` may better a block's start
+    from its own inputs, which `step.probe()` gives."""
     assert task.tokens is not None
     clips = task.learned_clips if clips is None else clips
-    past = hashlib.sha256()
-    _digest(past, task.tokens)
-    _digest(past, task.model.get_submodule(task.map.family.embeddings).weight)
-    residual = start.residual
-    past.update(f"{torch.__version__} {start.folds_norms} {residual and residual.layout()}".encode())
-    for tensor in residual.tensors().values() if residual is not None else ():
-        _digest(past, tensor)
+    kept = KeptBlocks(task, start)
     stream = BlockStream(task.model, task.map, task.tokens, task.device)
     found: list[BlockTransform] = []
-    kept = 0
     for step in stream.steps(f"learn ({start.method})"):
-        for tensor in step.block.state_dict().values():
-            _digest(past, tensor)
-        inputs = torch.stack(stream.hidden).float()
-        step.drain()
-        assert step.outputs is not None
-        targets = torch.stack(step.outputs).float()
-        base = copy.deepcopy(step.block).float()
-        if residual is not None:
-            folded = residual
-            transform_block(base, BlockTransform(), task.map, residual=folded, folds_norms=start.folds_norms,
-                            stored=torch.float32)  # fmt: skip
-            base.to(task.device)
-            inputs = torch.stack([folded.apply(x.double()).float() for x in inputs])
-            targets = torch.stack([folded.apply(y.double()).float() for y in targets])
-        job = Job(
-            index=step.index,
-            block=base,
-            arguments=_as_fp32(stream.arguments[step.index]),
-            inputs=inputs,
-            targets=targets,
-            map=task.map,
-            start=start.block(step.index),
-            grids={group: task.activations.get((step.index, group)) for group in GROUPS},
-            weights=task.weights,
-            kv=task.kv,
-            clips=clips,
-            maps=maps,
-            scales=scales,
-            learning=task.learning,
-            seed=task.seed,
-            device=task.device,
-        )
-        path = None if task.kept is None else task.kept / f"{_key(job, task, past)}.safetensors"
-        ready = read_block(path) if path is not None else None
+        kept.see(step.block)
+        grids = {group: task.activations.get((step.index, group)) for group in GROUPS}
+        asked = {
+            "grids": {group: spec and spec.to_dict() for group, spec in grids.items()},
+            "weights": task.weights and task.weights.to_dict(),
+            "kv": task.kv and task.kv.to_dict(),
+            "clips": sorted(clips),
+            "maps": sorted(maps),
+            "scales": scales,
+        }
+        ready = kept.read(start.block(step.index), asked)
         if ready is None:
-            if begin is not None:
-                job.start = begin(step, job.start)
+            base, inputs, targets = _residual_basis(task, start, step, stream)
+            job = Job(
+                index=step.index,
+                block=base,
+                arguments=_as_fp32(stream.arguments[step.index]),
+                inputs=inputs,
+                targets=targets,
+                map=task.map,
+                start=start.block(step.index) if begin is None else begin(step, start.block(step.index)),
+                grids=grids,
+                weights=task.weights,
+                kv=task.kv,
+                clips=clips,
+                maps=maps,
+                scales=scales,
+                learning=task.learning,
+                seed=task.seed,
+                device=task.device,
+            )
             ready = learn_block(job)
-            if path is not None:
-                write_block(path, ready)
-        else:
-            kept += 1
+            kept.write(ready)
         found.append(ready)
-    if kept:
-        note(f"{kept} of {len(found)} blocks were learned in an earlier run and taken from {task.kept}")
-    return Transform(start.method, start.folds_norms, residual, tuple(found))
+    kept.tell()
+    return Transform(start.method, start.folds_norms, start.residual, tuple(found))
+
+
+def _residual_basis(
+    task: Task, start: Transform, step: Step, stream: BlockStream
+) -> tuple[nn.Module, Float[Tensor, "S T D"], Float[Tensor, "S T D"]]:
+    """A copy of the block, its inputs and its 16-bit outputs, fp32, in the basis of the residual's rotation."""
+    inputs = torch.stack(stream.hidden).float()
+    step.drain()
+    assert step.outputs is not None
+    targets = torch.stack(step.outputs).float()
+    block = copy.deepcopy(step.block).float()
+    residual = start.residual
+    if residual is not None:
+        transform_block(block, BlockTransform(), task.map, residual=residual, folds_norms=start.folds_norms,
+                        stored=torch.float32)  # fmt: skip
+        block.to(task.device)
+        inputs = torch.stack([residual.apply(x.double()).float() for x in inputs])
+        targets = torch.stack([residual.apply(y.double()).float() for y in targets])
+    return block, inputs, targets
 
 
 def _as_fp32(value: Any) -> Any:

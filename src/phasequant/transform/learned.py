@@ -86,6 +86,9 @@ class LearnedMap(nn.Module):
 class LearnedRotation(LearnedMap):
     """A map whose factors stay orthogonal by their optimizer (Cayley): its inverse transpose is itself."""
 
+    def hold(self, on: bool) -> None:
+        """Compute the factors once for many uses, where that costs anything; here it does not."""
+
     def inverse_factors(self) -> tuple[Tensor, Tensor | None]:
         """The factors themselves."""
         return self.factors()
@@ -102,8 +105,18 @@ class LearnedRotation(LearnedMap):
 class QrRotation(LearnedRotation):
     """A rotation as the Q of free matrices (QR-Orth): any optimizer may move them."""
 
+    _held: tuple[Tensor, Tensor | None] | None = None
+
+    def hold(self, on: bool) -> None:
+        """Take the QR now and use it until the next call: a rotation that all blocks share needs one a step."""
+        self._held = None
+        if on:
+            self._held = self.factors()
+
     def factors(self) -> tuple[Tensor, Tensor | None]:
         """Q of the QR decomposition, signs fixed."""
+        if self._held is not None:
+            return self._held
         return qr_orthogonal(self.left), None if self.right is None else qr_orthogonal(self.right)
 
 
@@ -114,8 +127,14 @@ class Clip(nn.Module):
         """Begins at the fractions `start`; where those are 1, at FlatQuant's 0.982."""
         super().__init__()
         self.shape = start.shape
+        self.logit = nn.Parameter(torch.empty(start.numel(), device=start.device))
+        self.begin_at(start)
+
+    @torch.no_grad()
+    def begin_at(self, start: Float[Tensor, "..."]) -> None:
+        """Begin at other fractions."""
         logits = torch.logit(start.float().clamp(LEAST_CLIP, ALMOST_ONE))
-        self.logit = nn.Parameter(torch.where(start < 1, logits, CLIP_START).flatten())
+        self.logit.copy_(torch.where(start < 1, logits, CLIP_START).flatten())
 
     def forward(self) -> Tensor:
         """The fractions."""
@@ -290,8 +309,17 @@ class LearnedBlock(nn.Module):
         return prepare
 
     def _maker(self, name: str, group: str) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        transformed, rounded = self._transformed(name, group), self.weight_grids[_key(name)]
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            weight, bias = transformed()
+            return rounded(weight), bias
+
+        return make
+
+    def _transformed(self, name: str, group: str) -> Callable[[], tuple[Tensor, Tensor | None]]:
         family, shape = self.model_map.family, self.model_map.shape
-        rounded, online = self.weight_grids[_key(name)], self._map("heads" if group == "o" else group)
+        online = self._map("heads" if group == "o" else group)
         value, (residual,) = self._map("value"), self._residual
         reads_norm = self.model_map.group(group).norm is not None
 
@@ -315,9 +343,18 @@ class LearnedBlock(nn.Module):
             if name in family.writers and residual is not None:
                 weight = residual(weight.T).T
                 bias = None if bias is None else residual(bias)
-            return rounded(weight), bias
+            return weight, bias
 
         return make
+
+    @torch.no_grad()
+    def search_clips(self, spec: QuantSpec) -> None:
+        """Begin the clips of weights where the MSE search finds them, on the weights as the maps now make them."""
+        for group in self.model_map.groups:
+            for name in group.linears:
+                clip = self.weight_grids[_key(name)].clip
+                if isinstance(clip, Clip):
+                    clip.begin_at(searched_clips(self._transformed(name, group.name)()[0], spec))
 
     def forward(self, x: Tensor, **arguments: object) -> Tensor:
         """The block on (B, T, D)."""
@@ -339,6 +376,8 @@ class LearnedBlock(nn.Module):
             clip = self.weight_grids[_key(name)].clip
             if clip is not None:
                 weight_clips[name] = clip().cpu()  # type: ignore[operator]
+        conditions = [found.condition() for found in maps.values() if found is not None and not found.orthogonal]
+        notes |= {"condition": max(conditions)} if conditions else {}
         return BlockTransform(
             **maps,
             scales={g: p.detach().exp().to("cpu", torch.float64) for g, p in self.log_scales.items()},

@@ -126,6 +126,7 @@ class RotatedModel(nn.Module):
         """(B, T) → (B, T, D), after the final norm."""
         x = self.model.get_submodule(self.family.embeddings)(tokens)
         if self.residual is not None:
+            self.residual.hold(True)
             x = self.residual(x)
         found: Tensor = self.model.get_submodule(self.family.decoder)(
             inputs_embeds=x, use_cache=False
@@ -139,6 +140,8 @@ class RotatedModel(nn.Module):
 
     def result(self, begin: Transform) -> Transform:
         """The rotations as they stand."""
+        if self.residual is not None:
+            self.residual.hold(False)
         residual = self.residual.result() if self.residual is not None else None
         made = [block.result(begin.block(i)) for i, block in enumerate(self.blocks)]  # type: ignore[operator]
         kept = [replace(block, qk=begin.block(i).qk) for i, block in enumerate(made)]
