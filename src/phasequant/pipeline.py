@@ -21,16 +21,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phasequant import observe, text, transform, weight
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import mark_quantized, save
-from phasequant.console import note, progress, warn
+from phasequant.console import note, warn
 from phasequant.demo_model import cache_folder
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import KVLayout, KVQuantizer, ModelLayout, QuantLinear, attach, quant_linears, set_activations
+from phasequant.nn import (
+    KVLayout,
+    KVQuantizer,
+    LowRank,
+    ModelLayout,
+    QuantLinear,
+    attach,
+    quant_linears,
+    set_activations,
+)
 from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
 from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan, Seen, make_plan
 from phasequant.recipe import Recipe
 from phasequant.source import Source
-from phasequant.stream import resident
 from phasequant.surroundings import Cost, measured
 from phasequant.transform import Transform
 
@@ -104,14 +112,12 @@ def check_fresh(source: Source) -> None:
         raise PhaseQuantError(f"'{source.name}' was transformed already (by an earlier analyze?): open the model anew")
 
 
-def learning_tokens(source: Source, recipe: Recipe) -> Int[Tensor, "sequences T"]:
-    """What transforms are learned from: the calibration text, in the recipe's learning sequences."""
-    wanted = recipe.learning
+def _cut(source: Source, recipe: Recipe, seqlen: int, most: int, use: str) -> Int[Tensor, "sequences T"]:
+    """The recipe's calibration text in other sequences; said where there are fewer."""
     corpus = text.find(recipe.calibration.text, "calibration")
-    seqlen = wanted.seqlen
-    tokens = text.cut(corpus, source.tokenizer, seqlen, wanted.sequences)
-    if len(tokens) < wanted.sequences:
-        note(f"learning text {corpus.source} holds {len(tokens)} sequences of {seqlen}: all are used")
+    tokens = text.cut(corpus, source.tokenizer, seqlen, most)
+    if len(tokens) < most:
+        note(f"{use}: calibration text {corpus.source} holds {len(tokens)} sequences of {seqlen}: all are used")
     return tokens
 
 
@@ -125,7 +131,9 @@ def learn(
     task = transform.Task(
         model=source.model,
         map=source.map,
-        tokens=learning_tokens(source, recipe) if method.needs_tokens or clips else None,
+        tokens=_cut(source, recipe, recipe.learning.seqlen, recipe.learning.sequences, "learning")
+        if method.needs_tokens or clips
+        else None,
         activations=plan.activations,
         weights=plan.weights,
         kv=plan.kv,
@@ -235,16 +243,12 @@ def _kv_grids(plan: PrecisionPlan, chosen: Transform, block: int) -> tuple[Quant
 
 @torch.no_grad()
 def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
-    """Quantize weights, put activations and KV on the plan's grids, round the rest to its stored type."""
+    """Put activations and KV on the plan's grids, round what stays dense to its stored type, quantize weights."""
     source, recipe, chosen = transformed.source, transformed.recipe, transformed.transform
     model, model_map = source.model, source.map
-    compute = model.get_submodule(model_map.family.embeddings).weight.dtype
     plan = with_learned_clips(plan, chosen)
-    if plan.weights is not None:
-        _quantize_weights(source, recipe.weights.method, plan.weights, chosen)
     stored = storage_dtype(recipe, source)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored).to(compute)
+    _round_dense(model, stored, but_linears=plan.weights is not None)
     set_activations(model, model_map, plan.activations)
     layouts: dict[int, KVLayout] = {}
     if plan.kv is not None:
@@ -256,7 +260,12 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
             return made.to(source.device)
 
         attach(model, model_map, make)
-    layout = ModelLayout(plan.weights, layouts, plan.activations, _online_layout(model, model_map))
+    weights: dict[str, Any] | None = None
+    if plan.weights is not None:
+        weights = _quantize_weights(source, recipe, plan.weights, chosen)
+    ranks = {group.name: rank for group in model_map.groups if (rank := recipe.lowrank.rank_of(group.name))}
+    lowrank = LowRank(ranks, recipe.lowrank.input == "rounded", str(stored).removeprefix("torch.")) if ranks else None
+    layout = ModelLayout(plan.weights, layouts, plan.activations, _online_layout(model, model_map), lowrank)
     source.quantized = True
     mark_quantized(model, layout, str(stored).removeprefix("torch."))
     origin = {
@@ -266,24 +275,41 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
         "calibration": transformed.calibration,
         "a8_share": plan.a8_share,
         "learning": transformed.cost,
+        "weights": weights,
     }
     return Quantized(model, source.tokenizer, model_map, recipe, plan, chosen, transformed.observations, origin)
 
 
-def _quantize_weights(source: Source, method: str, spec: QuantSpec, chosen: Transform) -> None:
-    """Codes for every linear, one block on the device at a time; learned clips where there are."""
-    blocks = source.map.blocks
-    with progress(f"weights ({method}, {spec})", len(blocks)) as tick:
-        for index in blocks:
-            block = source.model.get_submodule(source.map.block_name(index))
-            clips = chosen.block(index).weight_clips
-            with resident(block, source.compute):
-                for name, module in quant_linears(block):
-                    learned = clips.get(name)
-                    if learned is not None:
-                        learned = learned.to(module.dense_weight().device)
-                    module.set_codes(*weight.METHODS[method](module.dense_weight(), spec, learned), spec)
-            tick()
+def _round_dense(model: PreTrainedModel, stored: torch.dtype, *, but_linears: bool) -> None:
+    """What stays dense takes its stored type's values; weights that will be codes are left exact until then."""
+    left = {id(m.weight_dense) for _, m in quant_linears(model)} if but_linears else set()
+    for parameter in model.parameters():
+        if id(parameter) not in left:
+            parameter.data = parameter.data.to(stored).to(parameter.dtype)
+
+
+def _quantize_weights(source: Source, recipe: Recipe, spec: QuantSpec, chosen: Transform) -> dict[str, Any]:
+    """Codes for every linear; what the manifest says about them."""
+    part = recipe.weights
+    tokens = None
+    if weight.needs_tokens(part, recipe.lowrank):
+        tokens = _cut(source, recipe, part.seqlen, part.sequences, "weights")
+    with measured(source.compute) as cost:
+        told = weight.quantize_weights(
+            weight.WeightTask(
+                model=source.model,
+                map=source.map,
+                spec=spec,
+                part=part,
+                lowrank=recipe.lowrank,
+                stored=storage_dtype(recipe, source),
+                clips=lambda index: chosen.block(index).weight_clips,
+                tokens=tokens,
+                device=source.compute,
+            )
+        )
+    digest = None if tokens is None else text.digest(tokens)
+    return {"method": part.method, "tokens_sha256": digest, **cost.to_dict(), "groups": told}
 
 
 def _online_layout(model: PreTrainedModel, model_map: ModelMap) -> dict[str, dict[str, Any]]:

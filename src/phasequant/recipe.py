@@ -10,7 +10,7 @@ recipes NAME` prints the whole of one, with a comment on every key: the descript
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -109,7 +109,9 @@ class LearningPart(_Part):
 class WeightsPart(_Part):
     """Weights of the linears inside the blocks."""
 
-    method: Literal["rtn"] = Field("rtn", description="how codes are chosen: rtn (round to nearest)")
+    method: Literal["rtn", "gptq"] = Field(
+        "rtn", description="how codes are chosen: rtn (round to nearest); gptq (errors made up for by later columns)"
+    )
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized")
     granularity: Literal["channel", "group"] = Field(
         "channel", description="one scale per output channel, or per group"
@@ -119,6 +121,25 @@ class WeightsPart(_Part):
     clip: Literal["none", "mse", "learned"] | Fraction = Field(
         "mse", description="none; mse: searched per scale; learned: with the transform, by block; or a fraction"
     )
+
+    order: Literal["activation", "natural"] = Field(
+        "activation",
+        description="gptq: columns by falling energy of their input, or as they stand",
+    )
+    hessian: Literal["full", "rounded", "mixed"] = Field(
+        "full", description="gptq: from inputs in 16 bits, as their grid rounds them, or the mean of both"
+    )
+    target: Literal["weights", "outputs"] = Field(
+        "weights", description="gptq: stay near the weights, or give the 16-bit model's outputs (one solve more)"
+    )
+    damping: Annotated[float, Field(gt=0.0)] = Field(
+        0.01, description="gptq: added to the diagonal, in units of its mean; raised where that does not do"
+    )
+    sequential: bool = Field(
+        True, description="gptq: every group sees the block's groups before it quantized; false: one pass a block"
+    )
+    sequences: Annotated[int, Field(ge=1)] = Field(128, description="gptq: calibration sequences, at most")
+    seqlen: Annotated[int, Field(ge=2)] = Field(2048, description="gptq: tokens in each")
 
     @model_validator(mode="after")
     def _group_size_fits(self) -> "WeightsPart":
@@ -132,6 +153,32 @@ class WeightsPart(_Part):
             return None
         clip = 1.0 if self.clip == "none" or self.clip == "learned" else self.clip
         return QuantSpec(self.bits, self.symmetric, self.granularity, self.group_size, clip)
+
+
+class LowRankPart(_Part):
+    """A 16-bit branch of low rank beside the codes of every linear."""
+
+    method: Literal["none", "svd", "loftq", "tsvd"] = Field(
+        "none",
+        description="none; svd: of the weights; loftq: alternating with what rounding leaves; tsvd: taking each row's "
+        "peaks (FRTQ)",
+    )
+    rank: Annotated[int, Field(ge=1)] = Field(32, description="of every group's branch")
+    ranks: dict[Literal["qkv", "o", "gate_up", "down"], Annotated[int, Field(ge=0)]] = Field(
+        {}, description="ranks of single groups, as in {down: 64, o: 0}; 0: no branch"
+    )
+    weighting: Literal["none", "hessian"] = Field(
+        "hessian", description="errors of weights as they are, or as the calibration inputs meet them"
+    )
+    input: Literal["full", "rounded"] = Field(
+        "full", description="what the branch reads: the linear's input in 16 bits, or as its grid rounds it"
+    )
+    iterations: Annotated[int, Field(ge=1)] = Field(60, description="loftq, tsvd: at most; the best one is kept")
+    shrink: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.97, description="tsvd: of the rows' peaks, a step")
+
+    def rank_of(self, group: str) -> int:
+        """A group's rank; 0 for none."""
+        return 0 if self.method == "none" else dict(self.ranks).get(group, self.rank)  # type: ignore[call-overload]
 
 
 class ActivationsPart(_Part):
@@ -231,6 +278,7 @@ class Recipe(_Part):
     rotation: RotationPart = Field(RotationPart(), description="where and how rotations act")
     learning: LearningPart = Field(LearningPart(), description="how transforms and clips are learned from data")
     weights: WeightsPart = Field(WeightsPart(), description="weights of the linears inside the blocks")
+    lowrank: LowRankPart = Field(LowRankPart(), description="a 16-bit branch beside the codes")
     activations: ActivationsPart = Field(ActivationsPart(), description="what those linears read")
     kv: KvPart = Field(KvPart(), description="the KV cache")
     policy: PolicyPart = Field(PolicyPart(), description="which groups read more bits than activations.bits")
@@ -254,6 +302,8 @@ class Recipe(_Part):
     def _fits_together(self) -> "Recipe":
         method, learning = self.transform.method, self.learning
         spin = method == "spin"
+        if self.lowrank.method != "none" and self.weights.bits == 16:
+            raise ValueError("lowrank goes beside codes: set weights.bits below 16")
         if (method == "load") != (self.transform.file is not None):
             raise ValueError("transform.file goes with transform.method=load, and only with it")
         if learning.optimizer in ("cayley", "qr-orth") and not spin:
@@ -305,6 +355,8 @@ class Recipe(_Part):
 def _type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
+    if get_origin(annotation) is dict:
+        return "mapping"
     arguments = get_args(annotation)
     if not arguments:
         return getattr(annotation, "__name__", str(annotation))
@@ -319,9 +371,8 @@ def _commented(model: type[BaseModel], values: Mapping[str, Any], indent: str) -
     lines = []
     for name, info in model.model_fields.items():
         value = values[name]
-        if isinstance(value, Mapping):
-            part = info.annotation
-            assert isinstance(part, type) and issubclass(part, BaseModel)
+        part = info.annotation
+        if isinstance(part, type) and issubclass(part, BaseModel):
             lines += ["", f"{indent}# {info.description}", f"{indent}{name}:"]
             lines += _commented(part, value, indent + "  ")
         else:

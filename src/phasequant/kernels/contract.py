@@ -16,23 +16,29 @@ from phasequant.numerics import QuantSpec
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """One linear as a kernel sees it; `weight` or `input` None means 16 bits there."""
+    """One linear as a kernel sees it; `weight` or `input` None means 16 bits there. `rank`: of the low-rank
+    branch, which reads the input as it comes, or (`branch_rounded`) as its grid rounds it."""
 
     in_features: int
     out_features: int
     weight: QuantSpec | None
     input: QuantSpec | None
+    rank: int = 0
+    branch_rounded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LinearTensors:
-    """What a linear holds: packed codes with scales and zero points (O, G), or dense weights (O, I)."""
+    """What a linear holds: packed codes with scales and zero points (O, G), or dense weights (O, I); of its branch
+    A (r, I) and B (O, r)."""
 
     dense: Tensor | None = None
     packed: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
     bias: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
 
 
 @runtime_checkable

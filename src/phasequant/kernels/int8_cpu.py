@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.kernels.contract import LinearSpec, LinearTensors
-from phasequant.kernels.reference import EXACT_FP32, add_bias
+from phasequant.kernels.reference import EXACT_FP32, add_rest
 from phasequant.numerics import grid, round_to_codes, unpack
 
 
@@ -43,4 +43,4 @@ class Int8Cpu:
         q_x = round_to_codes(values, s_x, z_x, spec.input).reshape(-1, spec.in_features)
         q_w = unpack(weights.packed, spec.in_features, spec.weight)
         sums = torch._int_mm(q_x, q_w.T).reshape(*x.shape[:-1], spec.out_features)
-        return add_bias(sums.to(wide) * weights.scale[:, 0].to(wide) * s_x, weights.bias).to(x.dtype)
+        return add_rest(sums.to(wide) * weights.scale[:, 0].to(wide) * s_x, values, weights, spec).to(x.dtype)

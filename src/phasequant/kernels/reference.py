@@ -5,6 +5,9 @@ group g of the inputs):
 
     y[t,o] = s_x[t] · Σ_g s_w[o,g] · ( Σ_{i∈g} (q_x[t,i] - z_x[t]) · (q_w[o,i] - z_w[o,g]) )  +  b[o]
 
+plus, where the linear has a low-rank branch, Σ_k B[o,k]·( Σ_i A[k,i]·x[t,i] ), x as it comes or as its grid rounds it.
+A fused kernel computes x·Aᵀ where it reads x to round it, and adds (x·Aᵀ)·Bᵀ in its epilogue, between s_x and b.
+
 The inner sum is an integer. It is computed by a floating-point matrix product in a type wide enough to hold every
 partial sum exactly (fp32 below 2^24, else fp64), so its value depends neither on the order of summation nor on the
 machine. Scaling is fp32: first by s_w, then by s_x. With 16-bit inputs the weights are dequantized and multiplied.
@@ -38,9 +41,13 @@ def dense_weight(weights: LinearTensors, spec: LinearSpec) -> Float[Tensor, "O I
     return dequantize(codes, weights.scale, weights.zero, spec.weight)
 
 
-def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """y + b, where there is a b."""
-    return y if bias is None else y + bias.to(y)
+def add_rest(y: Tensor, x: Tensor, weights: LinearTensors, spec: LinearSpec) -> Tensor:
+    """y + (x·Aᵀ)·Bᵀ + b, of these what there is; `x` is the input before rounding, `y` in the type computed in."""
+    if spec.rank:
+        assert weights.down is not None and weights.up is not None
+        read = fake_quantize(x, spec.input) if spec.branch_rounded and spec.input is not None else x
+        y = y + (read @ weights.down.to(y).T) @ weights.up.to(y).T
+    return y if weights.bias is None else y + weights.bias.to(y)
 
 
 class Reference:
@@ -59,7 +66,7 @@ class Reference:
         if spec.input is None or spec.weight is None:
             if spec.input is not None:
                 values = fake_quantize(values, spec.input)
-            return add_bias(values @ dense_weight(weights, spec).to(wide).T, weights.bias).to(x.dtype)
+            return add_rest(values @ dense_weight(weights, spec).to(wide).T, x.to(wide), weights, spec).to(x.dtype)
         assert weights.packed is not None and weights.scale is not None and weights.zero is not None
         s_x, z_x = grid(values, spec.input)
         q_x = centred_codes(values, s_x, z_x, spec.input)
@@ -72,4 +79,4 @@ class Reference:
             part = slice(g * span, (g + 1) * span)
             q_w = (codes[:, part] - weights.zero[:, g, None]).to(exact)
             y += (q_x[..., part].to(exact) @ q_w.T).to(wide) * weights.scale[:, g].to(wide)
-        return add_bias(y * s_x, weights.bias).to(x.dtype)
+        return add_rest(y * s_x, values, weights, spec).to(x.dtype)

@@ -1,16 +1,26 @@
 """What stands in a quantized model: linears, online maps, the packed KV cache, the attention function."""
 
-from phasequant.nn.attention import ATTENTION, PackedCache, attach, kv_bytes_per_token, kv_in_16_bits
+from phasequant.nn.attention import ATTENTION, SLOT, PackedCache, attach, kv_bytes_per_token, kv_in_16_bits
 from phasequant.nn.kv import KVLayout, KVQuantizer, PackedLayer, PackedStates
-from phasequant.nn.layout import Activations, ModelLayout, lay_out, quant_linears, replace_module, set_activations
+from phasequant.nn.layout import (
+    Activations,
+    LowRank,
+    ModelLayout,
+    lay_out,
+    quant_linears,
+    replace_module,
+    set_activations,
+)
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
 
 __all__ = [
     "ATTENTION",
+    "SLOT",
     "Activations",
     "KVLayout",
     "KVQuantizer",
+    "LowRank",
     "ModelLayout",
     "OnlineMap",
     "PackedCache",

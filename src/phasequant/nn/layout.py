@@ -28,6 +28,26 @@ KV = dict[int, KVLayout]
 """Block → the grids of its keys and values; empty where the KV cache is 16-bit."""
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """Branches beside the codes: group → rank, the same in every block; whether they read rounded inputs."""
+
+    ranks: Mapping[str, int]
+    rounded: bool = False
+    dtype: str = "bfloat16"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], model_map: ModelMap) -> "LowRank":
+        """Checked: known groups, ranks that fit, a type that weights may have."""
+        ranks = {str(group): int(rank) for group, rank in values["ranks"].items()}
+        for group, rank in ranks.items():
+            if group not in GROUPS or not 0 < rank < model_map.width_in(group):
+                raise PhaseQuantError(f"the config gives a low-rank branch of rank {rank} to '{group}'")
+        if values["dtype"] not in ("bfloat16", "float16", "float32"):
+            raise PhaseQuantError(f"the config gives low-rank branches the type '{values['dtype']}'")
+        return cls(ranks, bool(values["rounded"]), str(values["dtype"]))
+
+
 @dataclass
 class ModelLayout:
     """`online`: group → `OnlineMap.layout()`, the same in every block. `weights`: the grid of all codes."""
@@ -36,6 +56,7 @@ class ModelLayout:
     kv: KV = field(default_factory=dict)
     activations: Activations = field(default_factory=dict)
     online: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lowrank: LowRank | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `config.json`: the commonest activation grid once, others and clips by name."""
@@ -61,6 +82,7 @@ class ModelLayout:
                 },
             },
             "online": self.online,
+            "lowrank": self.lowrank and {**vars(self.lowrank), "ranks": dict(self.lowrank.ranks)},
         }
 
     def _kv_clips(self) -> list[list[float]]:
@@ -102,6 +124,7 @@ class ModelLayout:
                 kv=kv,
                 activations=activations,
                 online={group: dict(entry) for group, entry in values["online"].items()},
+                lowrank=None if (branch := values.get("lowrank")) is None else LowRank.from_dict(branch, model_map),
             )
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise PhaseQuantError(
@@ -131,6 +154,7 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
         assert isinstance(linear, nn.Linear)
         device = linear.weight.device
         online = OnlineMap(layout.online[group], device) if group in layout.online else None
+        branch = layout.lowrank or LowRank({})
         module = QuantLinear(
             linear.in_features,
             linear.out_features,
@@ -138,6 +162,9 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
             weight_spec=layout.weights,
             input_spec=layout.activations[block, group],
             online=online,
+            rank=branch.ranks.get(group, 0),
+            branch_rounded=branch.rounded,
+            branch_dtype=getattr(torch, branch.dtype),
             device=device,
             dtype=dtype,
         )

@@ -1,6 +1,6 @@
 """`QuantLinear`: packed weights, the grid its input is read on, and what is done to the input before.
 
-    y = W̃ · Q( online(x) ) + b
+    y = W̃ · Q( online(x) ) + B·A·online(x) + b          B·A: a low-rank branch in 16 bits, where there is one
 
 On disk and in memory the weights are codes (two to a byte up to 4 bits) with fp32 scales (out, groups) and, where the
 grid is asymmetric, zero points. With 16-bit weights the tensor is `weight_dense`: never `weight`, so that a loader that
@@ -25,6 +25,8 @@ class QuantLinear(nn.Module):
     weight_packed: Tensor | None
     weight_scale: Tensor | None
     weight_zero: Tensor | None
+    lowrank_down: Tensor | None
+    lowrank_up: Tensor | None
 
     def __init__(
         self,
@@ -35,6 +37,9 @@ class QuantLinear(nn.Module):
         weight_spec: QuantSpec | None = None,
         input_spec: QuantSpec | None = None,
         online: OnlineMap | None = None,
+        rank: int = 0,
+        branch_rounded: bool = False,
+        branch_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -51,6 +56,12 @@ class QuantLinear(nn.Module):
             dense = torch.empty(out_features, in_features, device=device, dtype=dtype)
             self.weight_dense = nn.Parameter(dense, requires_grad=False)
         self._register_codes(weight_spec, device)
+        self.branch_rounded = branch_rounded
+        self._rank_laid_out = rank
+        down = torch.empty(rank, in_features, dtype=branch_dtype, device=device) if rank else None
+        up = torch.empty(out_features, rank, dtype=branch_dtype, device=device) if rank else None
+        self.register_buffer("lowrank_down", down)
+        self.register_buffer("lowrank_up", up)
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
@@ -92,6 +103,16 @@ class QuantLinear(nn.Module):
         if not spec.symmetric:
             self.weight_zero = zero.to(torch.uint8)
 
+    def set_branch(self, down: Float[Tensor, "r I"], up: Float[Tensor, "O r"], *, rounded: bool) -> None:
+        """Add a low-rank branch; `rounded`: it reads the input as its grid rounds it."""
+        self.lowrank_down, self.lowrank_up, self.branch_rounded = down.clone(), up.clone(), rounded
+        self._rank_laid_out = len(down)
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank branch; 0 where there is none."""
+        return 0 if self.lowrank_down is None else len(self.lowrank_down)
+
     def check(self, name: str) -> None:
         """Raise where a tensor does not have the shape that the spec promises: a loader may not look."""
         expected: dict[str, tuple[int, ...]] = {"weight_dense": (self.out_features, self.in_features)}
@@ -99,6 +120,8 @@ class QuantLinear(nn.Module):
             scales = (self.out_features, self.weight_spec.groups(self.in_features))
             packed = (self.out_features, packed_width(self.in_features, self.weight_spec))
             expected = {"weight_packed": packed, "weight_scale": scales, "weight_zero": scales}
+        expected["lowrank_down"] = (self._rank_laid_out, self.in_features)
+        expected["lowrank_up"] = (self.out_features, self._rank_laid_out)
         for key, shape in expected.items():
             tensor = getattr(self, key)
             if tensor is not None and tuple(tensor.shape) != shape:
@@ -110,7 +133,9 @@ class QuantLinear(nn.Module):
     @property
     def spec(self) -> LinearSpec:
         """What a kernel is asked."""
-        return LinearSpec(self.in_features, self.out_features, self.weight_spec, self.input_spec)
+        return LinearSpec(
+            self.in_features, self.out_features, self.weight_spec, self.input_spec, self.rank, self.branch_rounded
+        )
 
     @property
     def tensors(self) -> LinearTensors:
@@ -121,10 +146,18 @@ class QuantLinear(nn.Module):
         elif zero is not None:
             assert self.weight_scale is not None
             zero = zero.to(self.weight_scale.dtype)
-        return LinearTensors(self.weight_dense, self.weight_packed, self.weight_scale, zero, self.bias)
+        return LinearTensors(
+            self.weight_dense,
+            self.weight_packed,
+            self.weight_scale,
+            zero,
+            self.bias,
+            self.lowrank_down,
+            self.lowrank_up,
+        )
 
     def dense_weight(self) -> Float[Tensor, "O I"]:
-        """The weights as floating-point numbers, dequantized where they are codes."""
+        """The weights as floating-point numbers, dequantized where they are codes; without the low-rank branch."""
         return dense_weight(self.tensors, self.spec)
 
     def prepare(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows I"]:

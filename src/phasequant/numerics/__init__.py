@@ -1,7 +1,15 @@
 """Grids, packing and orthogonal matrices as pure functions on tensors. Knows torch and nothing above it."""
 
 from phasequant.numerics.hadamard import hadamard, random_orthogonal, spreading_mix, spreading_rotation
-from phasequant.numerics.integer import dequantize, fake_quantize, grid, quantize, round_to_codes
+from phasequant.numerics.integer import (
+    codes_type,
+    dequantize,
+    fake_quantize,
+    grid,
+    quantize,
+    round_to_codes,
+    round_values,
+)
 from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
 from phasequant.numerics.procrustes import polar, procrustes_step
@@ -12,6 +20,7 @@ __all__ = [
     "LinearMap",
     "QuantSpec",
     "apply_map",
+    "codes_type",
     "dequantize",
     "fake_quantize",
     "grid",
@@ -24,6 +33,7 @@ __all__ = [
     "quantize",
     "random_orthogonal",
     "round_to_codes",
+    "round_values",
     "spreading_mix",
     "spreading_rotation",
     "straight_through",

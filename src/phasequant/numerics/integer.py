@@ -50,12 +50,16 @@ def _round_to_grid(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> T
 
 
 def grid(
-    x: Float[Tensor, "*rows width"], spec: QuantSpec, ratio: Float[Tensor, "*shared G"] | None = None
+    x: Float[Tensor, "*rows width"],
+    spec: QuantSpec,
+    ratio: Float[Tensor, "*shared G"] | None = None,
+    mse_step: int = 1,
 ) -> tuple[Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
     """Scale and zero point of each group of `x`; zero points are 0 where the grid is symmetric.
 
     With `clip="mse"` each group tries 80 clip ratios from 1.00 down to 0.21 and keeps the one with the least
-    Σ|Q(x)-x|^2.4. `ratio`: a clip ratio for every group, instead of the grid's own.
+    Σ|Q(x)-x|^2.4. `ratio`: a clip ratio for every group, instead of the grid's own. `mse_step`: try
+    only every so many of the 80.
     """
     grouped = to_groups(x, spec)
     low = grouped.amin(-1).clamp(max=0)
@@ -66,7 +70,7 @@ def grid(
         return _range_to_grid(low * float(spec.clip), high * float(spec.clip), spec)
     best_scale, best_zero = _range_to_grid(low, high, spec)
     best_error = torch.full_like(low, torch.inf)
-    for step in range(MSE_STEPS):
+    for step in range(0, MSE_STEPS, mse_step):
         fraction = 1.0 - step / 100
         scale, zero = _range_to_grid(low * fraction, high * fraction, spec)
         rounded = _round_to_grid(grouped, scale[..., None], zero[..., None], spec).sub_(zero[..., None])
@@ -86,14 +90,28 @@ def round_to_codes(
 ) -> Integer[Tensor, "*rows width"]:
     """Codes of `x` on a given grid: int8 where symmetric, uint8 where not."""
     codes = _round_to_grid(to_groups(x, spec), scale[..., None], zero[..., None], spec)
-    return codes.reshape(x.shape).to(torch.int8 if spec.symmetric else torch.uint8)
+    return codes.reshape(x.shape).to(codes_type(spec))
+
+
+def codes_type(spec: QuantSpec) -> torch.dtype:
+    """The type codes are handed around in."""
+    return torch.int8 if spec.symmetric else torch.uint8
+
+
+def round_values(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Codes (as floating-point numbers) and the values they stand for, on scales that broadcast against `x`."""
+    codes = _round_to_grid(x, scale, zero, spec)
+    return codes, (codes - zero) * scale
 
 
 def quantize(
-    x: Float[Tensor, "*rows width"], spec: QuantSpec, ratio: Float[Tensor, "*shared G"] | None = None
+    x: Float[Tensor, "*rows width"],
+    spec: QuantSpec,
+    ratio: Float[Tensor, "*shared G"] | None = None,
+    mse_step: int = 1,
 ) -> tuple[Integer[Tensor, "*rows width"], Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
-    """Codes, scales and zero points of `x`; `ratio` as in `grid`."""
-    scale, zero = grid(x, spec, ratio)
+    """Codes, scales and zero points of `x`; `ratio` and `mse_step` as in `grid`."""
+    scale, zero = grid(x, spec, ratio, mse_step)
     return round_to_codes(x, scale, zero, spec), scale, zero
 
 

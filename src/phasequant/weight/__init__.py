@@ -1,16 +1,20 @@
-"""Real codes for weights. A method takes a transformed weight matrix and a grid and returns codes, scales, zeros."""
+"""Real codes for weights: round to nearest, GPTQ."""
 
-from collections.abc import Callable
+from phasequant.weight.codes import Told, WeightCodes
+from phasequant.weight.gptq import gptq
+from phasequant.weight.moments import Moments, best_weights, shrunk
+from phasequant.weight.rtn import round_to_nearest
+from phasequant.weight.walk import WeightTask, needs_tokens, quantize_weights
 
-from jaxtyping import Float
-from torch import Tensor
-
-from phasequant.numerics import QuantSpec
-from phasequant.weight.rtn import WeightCodes, round_to_nearest
-
-METHODS: dict[str, Callable[[Float[Tensor, "O I"], QuantSpec, Float[Tensor, "O G"] | None], WeightCodes]] = {
-    "rtn": round_to_nearest
-}
-"""Name in the recipe → function."""
-
-__all__ = ["METHODS", "WeightCodes", "round_to_nearest"]
+__all__ = [
+    "Moments",
+    "Told",
+    "WeightCodes",
+    "WeightTask",
+    "best_weights",
+    "gptq",
+    "needs_tokens",
+    "quantize_weights",
+    "round_to_nearest",
+    "shrunk",
+]

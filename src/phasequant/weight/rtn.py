@@ -5,23 +5,14 @@ close to Gaussian, that is worth a lot: SmolLM2 W4A16 121 → 61 perplexity (fir
 roundings of every weight, seconds for 100 M.
 """
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.numerics import QuantSpec, quantize
+from phasequant.weight.codes import WeightCodes
 
 ROWS_AT_ONCE = 2**22  # values: keeps the search's temporaries in cache-friendly pieces
-
-
-class WeightCodes(NamedTuple):
-    """Codes (O, I) with scales and zero points (O, G)."""
-
-    codes: Integer[Tensor, "O I"]
-    scale: Float[Tensor, "O G"]
-    zero: Float[Tensor, "O G"]
 
 
 def round_to_nearest(

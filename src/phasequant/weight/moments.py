@@ -1,0 +1,77 @@
+r"""What the weight methods know of an input: H = Σ_t x_t·x_tᵀ, and where the 16-bit model would have another x, C.
+
+    hessian: full      x as it comes, before it is rounded
+    hessian: rounded   Q(x), what the kernel multiplies
+    hessian: mixed     the mean of both
+
+Where weights shall give the 16-bit model's *outputs* (target: outputs), its own input u at the same place is kept too,
+C = Σ_t u_t·x_tᵀ, and the weights that do that best before any rounding are
+
+    W* = argmin ‖W·U - W*·X‖² + λ‖W* - W‖² = W + W·(C - H)·(H + λI)^{-1},     ‖W·U - Ŵ·X‖² = ‖(W* - Ŵ)·X‖² + const
+
+so that quantizing W* with H makes up for what rounding did to x here and in all blocks before (the aim of GPTAQ,
+arXiv 2504.02692, and Qronos, arXiv 2505.11695, here by one solve). λ is the damping, in units of H's mean diagonal.
+
+`shrunk` is for inputs that few tokens reach (an expert of a mixture): their H is drawn to that of all tokens.
+Memory: one or two I × I matrices, fp32.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from phasequant.numerics import QuantSpec, fake_quantize
+from phasequant.weight.gptq import normalized
+
+
+class Moments:
+    """Sums over the tokens of one group's input, of width I."""
+
+    def __init__(self, width: int, device: torch.device, kind: str = "full", cross: bool = False) -> None:
+        self.kind = kind
+        self.hessian = torch.zeros(width, width, device=device)
+        self.cross = torch.zeros(width, width, device=device) if cross else None
+        self.tokens = 0
+
+    def add(
+        self, x: Float[Tensor, "T I"], spec: QuantSpec | None, original: Float[Tensor, "T I"] | None = None
+    ) -> None:
+        """Tokens more: `x` before it is put on its grid `spec`, `original` what the 16-bit model has there."""
+        x = x.float()
+        seen = [x] if self.kind == "full" or spec is None else [fake_quantize(x, spec)]
+        if self.kind == "mixed" and spec is not None:
+            seen.append(x)
+        for one in seen:
+            scaled = one / len(seen)
+            self.hessian.addmm_(scaled.T, one)
+            if self.cross is not None:
+                assert original is not None
+                self.cross.addmm_(original.float().T, scaled)
+        self.tokens += len(x)
+
+
+def best_weights(
+    weight: Float[Tensor, "O I"], moments: Moments, damping: float, strength: float = 1.0
+) -> Float[Tensor, "O I"]:
+    """W*, or W itself where there is no C or the solve is not finite. `strength` scales the step from W."""
+    if moments.cross is None:
+        return weight
+    hessian, _ = normalized(moments.hessian)
+    mean = moments.hessian.diagonal()[moments.hessian.diagonal() > 0].mean()
+    hessian.diagonal().add_(damping)
+    shift = weight @ ((moments.cross - moments.hessian) / mean)
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    if int(info) or not bool(torch.isfinite(shift).all()):
+        return weight
+    found = weight + strength * torch.cholesky_solve(shift.T, lower).T
+    return found if bool(torch.isfinite(found).all()) else weight
+
+
+def shrunk(
+    hessian: Float[Tensor, "I I"], tokens: int, shared: Float[Tensor, "I I"], shared_tokens: int, least: int
+) -> Float[Tensor, "I I"]:
+    """H of an input that `tokens` tokens reached, with as many tokens of `shared` (the same input, over all
+    `shared_tokens`) as it lacks to `least`; the H itself where it lacks none."""
+    if tokens >= least or shared_tokens == 0:
+        return hessian
+    return hessian + shared * ((least - tokens) / shared_tokens)

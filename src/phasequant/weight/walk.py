@@ -1,0 +1,290 @@
+r"""Codes for every linear, block by block; methods that look at data see what the quantized blocks before produce.
+
+For each block in turn, with the block resident:
+
+    for the groups in the order of computation (sequential; else all at once):
+        run the block over all sequences up to the group's input, and add up its moments
+        quantize the group's linears, stacked: they read one input, and have one Hessian and one low-rank branch
+    run the block once more: its quantized outputs are the next block's inputs
+
+With `hessian: full` activations and KV stay in 16 bits during the walk; with `rounded` and `mixed` they are rounded as
+the plan has them. `target: outputs` walks a second set of hidden states through 16-bit copies, one block at a time.
+Memory: one block (two with `outputs`), one group's moments, the hidden states of all sequences on the host.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from phasequant.arch import ModelMap
+from phasequant.arch.families import GroupNames
+from phasequant.console import progress, warn
+from phasequant.nn import SLOT, QuantLinear, kv_in_16_bits, quant_linears
+from phasequant.numerics import QuantSpec, dequantize
+from phasequant.recipe import LowRankPart, WeightsPart
+from phasequant.stream import BlockStream, resident
+from phasequant.weight.codes import Told, WeightCodes
+from phasequant.weight.gptq import gptq, normalized
+from phasequant.weight.lowrank import Branch, split
+from phasequant.weight.moments import Moments, best_weights
+from phasequant.weight.rtn import round_to_nearest
+
+Clips = Mapping[str, Float[Tensor, "O G"]]
+
+
+@dataclass(frozen=True)
+class WeightTask:
+    """What a walk is given. `clips(block)`: learned clip ratios by linear. `tokens`: where a method looks at data."""
+
+    model: PreTrainedModel
+    map: ModelMap
+    spec: QuantSpec
+    part: WeightsPart
+    lowrank: LowRankPart
+    stored: torch.dtype
+    clips: Callable[[int], Clips]
+    tokens: Int[Tensor, "sequences T"] | None
+    device: torch.device
+
+
+def needs_tokens(part: WeightsPart, lowrank: LowRankPart) -> bool:
+    """Whether the recipe's weight methods look at data."""
+    return part.method == "gptq" or (lowrank.method != "none" and lowrank.weighting == "hessian")
+
+
+class _Reached(Exception):
+    """The input that was waited for has come: the rest of the block need not run."""
+
+
+def group_inputs(
+    block: nn.Module, names: Sequence[str], hidden: Sequence[Tensor], arguments: Mapping[str, Any], device: torch.device
+) -> Iterator[dict[str, Float[Tensor, "T I"]]]:
+    """For every sequence, what the linears `names` read, before it is rounded; the block runs only as far as needed."""
+    seen: dict[str, Tensor] = {}
+    hooks = []
+
+    def keep(name: str, last: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, QuantLinear)
+            seen[name] = module.prepare(args[0].flatten(0, -2).float())
+            if last:
+                raise _Reached
+
+        return hook
+
+    for name in names:
+        hooks.append(block.get_submodule(name).register_forward_pre_hook(keep(name, name == names[-1])))
+    try:
+        for row in hidden:
+            with torch.no_grad(), suppress(_Reached):
+                block(row.to(device)[None], **arguments)
+            yield dict(seen)
+            seen.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _in_16_bits(module: nn.Module) -> Iterator[None]:
+    """Activations of a model or block in 16 bits for a while."""
+    kept = [(linear, linear.input_spec) for _, linear in quant_linears(module)]
+    for linear, _ in kept:
+        linear.input_spec = None
+    try:
+        yield
+    finally:
+        for linear, spec in kept:
+            linear.input_spec = spec
+
+
+def quantize_weights(task: WeightTask) -> list[dict[str, Any]]:
+    """Give every linear its codes; one entry a group: block, group, and what `Told` tells."""
+    with torch.no_grad():
+        found = list(_with_data(task) if needs_tokens(task.part, task.lowrank) else _without_data(task))
+    failed = [entry for entry in found if entry["why"] is not None]
+    fallen = [entry for entry in failed if entry["rung"] == "rtn"]
+    for entry in fallen:
+        warn(f"weights of block {entry['block']}, {entry['group']}: rounded to nearest, because {entry['why']}")
+    if len(failed) > len(fallen):
+        first = next(entry for entry in failed if entry["rung"] != "rtn")
+        warn(
+            f"weights: {len(failed) - len(fallen)} groups needed more damping, first block {first['block']}, "
+            f"{first['group']}: {first['rung']} ({first['why']}); more calibration text would help"
+        )
+    return found
+
+
+def _without_data(task: WeightTask) -> Iterator[dict[str, Any]]:
+    with progress(f"weights ({task.part.method}, {task.spec})", len(task.map.blocks)) as tick:
+        for index in task.map.blocks:
+            block = task.model.get_submodule(task.map.block_name(index))
+            with resident(block, task.device):
+                for group in task.map.groups:
+                    made = _quantize_group(task, block, index, group, None)
+                    made.settle(task.spec)
+                    yield _entry(index, group, made.told)
+            tick()
+
+
+def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
+    assert task.tokens is not None
+    part = task.part
+    rounds = [[group] for group in task.map.groups] if part.sequential else [list(task.map.groups)]
+    with ExitStack() as stack:
+        if part.hessian == "full":
+            stack.enter_context(_in_16_bits(task.model))
+            stack.enter_context(kv_in_16_bits(task.model))
+        stream = BlockStream(task.model, task.map, task.tokens, task.device)
+        original = list(stream.hidden)
+        for step in stream.steps(f"weights ({part.method}, {task.spec})"):
+            arguments = stream.arguments[step.index]
+            twin = _sixteen_bit_twin(step.block, task) if part.target == "outputs" else None
+            made: list[_Made] = []
+            for groups in rounds:
+                moments = _moments(task, step.block, twin, groups, stream.hidden, original, arguments)
+                for group in groups:
+                    found = _quantize_group(task, step.block, step.index, group, moments.pop(group.name))
+                    found.show(task.spec)
+                    made.append(found)
+                    yield _entry(step.index, group, found.told)
+            step.drain()
+            for found in made:
+                found.settle(task.spec)
+            if twin is not None:
+                original = [_run(twin, row, arguments, task.device) for row in original]
+
+
+def _run(block: nn.Module, row: Tensor, arguments: Mapping[str, Any], device: torch.device) -> Tensor:
+    y = block(row.to(device)[None], **arguments)
+    found: Tensor = (y[0] if isinstance(y, tuple) else y)[0]
+    return found.to(row.device)
+
+
+def _sixteen_bit_twin(block: nn.Module, task: WeightTask) -> nn.Module:
+    twin = copy.deepcopy(block)
+    for _, linear in quant_linears(twin):
+        linear.input_spec = None
+    attention = twin.get_submodule(task.map.family.attention)
+    if hasattr(attention, SLOT):
+        getattr(attention, SLOT).enabled = False
+    return twin
+
+
+def _moments(
+    task: WeightTask,
+    block: nn.Module,
+    twin: nn.Module | None,
+    groups: Sequence[GroupNames],
+    hidden: Sequence[Tensor],
+    original: Sequence[Tensor],
+    arguments: Mapping[str, Any],
+) -> dict[str, Moments]:
+    """Moments of some groups' inputs over all sequences."""
+    found = {
+        g.name: Moments(task.map.width_in(g.name), task.device, task.part.hessian, twin is not None) for g in groups
+    }
+    names = [g.linears[0] for g in groups]
+    ours = group_inputs(block, names, hidden, arguments, task.device)
+    theirs: Iterator[dict[str, Tensor]] | None = None
+    if twin is not None:
+        theirs = group_inputs(twin, names, original, arguments, task.device)
+    for seen in ours:
+        other = next(theirs) if theirs is not None else None
+        for group in groups:
+            name = group.linears[0]
+            linear = block.get_submodule(name)
+            assert isinstance(linear, QuantLinear)
+            found[group.name].add(seen[name], linear.input_spec, None if other is None else other[name])
+    return found
+
+
+@dataclass
+class _Made:
+    """The codes of one group's linears. Until the block's outputs are known they stand in it as dense weights, which
+    run faster than codes that are unpacked at every call."""
+
+    linears: list[QuantLinear]
+    codes: list[WeightCodes]
+    branches: list[Branch | None]
+    told: Told
+    rounded: bool  # what the branch reads
+
+    def show(self, spec: QuantSpec) -> None:
+        """Have the linears compute with the rounded weights."""
+        for linear, made, branch in zip(self.linears, self.codes, self.branches, strict=True):
+            assert linear.weight_dense is not None
+            linear.weight_dense.data = dequantize(*made, spec).to(linear.weight_dense.dtype)
+            if branch is not None:
+                linear.set_branch(branch.down, branch.up, rounded=self.rounded)
+
+    def settle(self, spec: QuantSpec) -> None:
+        """Give the linears their codes."""
+        for linear, made, branch in zip(self.linears, self.codes, self.branches, strict=True):
+            linear.set_codes(*made, spec)
+            if branch is not None:
+                linear.set_branch(branch.down, branch.up, rounded=self.rounded)
+
+
+def _quantize_group(
+    task: WeightTask, block: nn.Module, index: int, group: GroupNames, moments: Moments | None
+) -> _Made:
+    linears = [linear for name in group.linears if isinstance(linear := block.get_submodule(name), QuantLinear)]
+    weights = [linear.dense_weight().float() for linear in linears]
+    rows = [len(weight) for weight in weights]
+    stacked = torch.cat(weights)
+    learned = task.clips(index)
+    clips = None
+    if all(name in learned for name in group.linears):
+        clips = torch.cat([learned[name].to(stacked) for name in group.linears])
+    branch, made, told = _codes(task, stacked, clips, moments, group.name, f"block {index}, {group.name}")
+    codes = [WeightCodes(*piece) for piece in zip(*(column.split(rows) for column in made), strict=True)]
+    branches: list[Branch | None] = [None] * len(linears)
+    if branch is not None:
+        branches = [Branch(branch.down, up) for up in branch.up.split(rows)]
+    return _Made(linears, codes, branches, told, task.lowrank.input == "rounded")
+
+
+def _codes(
+    task: WeightTask, weight: Tensor, clips: Tensor | None, moments: Moments | None, group: str, place: str
+) -> tuple[Branch | None, WeightCodes, Told]:
+    part, lowrank = task.part, task.lowrank
+    if moments is not None:
+        weight = best_weights(weight, moments, part.damping)
+    rank = lowrank.rank_of(group)
+    branch: Branch | None = None
+    notes: dict[str, float] = {}
+    if rank:
+        branch, weight, notes = split(
+            weight, task.spec, rank, lowrank.method, root=_root(moments, part.damping),
+            iterations=lowrank.iterations, shrink=lowrank.shrink, stored=task.stored, place=place,
+        )  # fmt: skip
+    if part.method == "rtn" or moments is None:
+        made, told = round_to_nearest(weight, task.spec, clips), Told("rtn")
+    else:
+        made, told = gptq(
+            weight, moments.hessian, task.spec, clips, damping=part.damping, order=part.order, place=place
+        )
+    told.notes |= notes
+    return branch, made, told
+
+
+def _root(moments: Moments | None, damping: float) -> Tensor | None:
+    """S, lower triangular, of the damped H = S·Sᵀ; None where no data was looked at, or it is not of use."""
+    if moments is None or not bool(torch.isfinite(moments.hessian).all()):
+        return None
+    hessian, _ = normalized(moments.hessian)
+    hessian.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    return None if int(info) else lower
+
+
+def _entry(index: int, group: GroupNames, told: Told) -> dict[str, Any]:
+    return {"block": index, "group": group.name, **asdict(told)}
