@@ -53,6 +53,9 @@ CONFIGS = {
         head_dim=16,
         tie_word_embeddings=True,
     ),
+    "llama-fp4": LlamaConfig(
+        **{**COMMON, "hidden_size": 64, "intermediate_size": 128}, head_dim=16, tie_word_embeddings=False
+    ),
     "mistral": MistralConfig(**COMMON, head_dim=12, sliding_window=16, tie_word_embeddings=False),
     "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
     "qwen2-sliding": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1),

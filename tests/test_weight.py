@@ -7,7 +7,7 @@ from conftest import CONFIGS
 import phasequant
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import quant_linears
-from phasequant.numerics import QuantSpec, dequantize, fake_quantize, round_values
+from phasequant.numerics import QuantSpec, fake_quantize, round_values
 from phasequant.recipe import Recipe
 from phasequant.weight import Moments, best_weights, gptq, round_to_nearest, shrunk
 from phasequant.weight.gptq import normalized
@@ -59,7 +59,7 @@ def test_gptq_is_the_textbooks(problem, spec):
     assert told.rung == "gptq" and told.why is None
     damped = normalized(hessian)[0]
     damped.diagonal().add_(0.01)
-    error = weight - dequantize(*made, spec)
+    error = weight - made.values(spec)
     loss = float(((error @ damped) * error).sum() / ((weight @ normalized(hessian)[0]) * weight).sum())
     assert told.error == pytest.approx(loss, rel=1e-3)
 
@@ -70,7 +70,7 @@ def test_gptq_beats_rounding_to_nearest(problem, spec, order):
     weight, hessian = problem
     made, _ = gptq(weight, hessian, spec, order=order)
     nearest = output_error(weight, fake_quantize(weight, spec), hessian)
-    assert output_error(weight, dequantize(*made, spec), hessian) < 0.65 * nearest
+    assert output_error(weight, made.values(spec), hessian) < 0.65 * nearest
     same = round_to_nearest(weight, spec)
     assert torch.equal(made.scale, same.scale) and torch.equal(made.zero, same.zero)
 
@@ -80,7 +80,7 @@ def test_activation_order_helps_and_is_stored_unpermuted(problem):
     spec = GRIDS[2]
     natural, _ = gptq(weight, hessian, spec, order="natural")
     ordered, _ = gptq(weight, hessian, spec, order="activation")
-    a, b = (output_error(weight, dequantize(*made, spec), hessian) for made in (natural, ordered))
+    a, b = (output_error(weight, made.values(spec), hessian) for made in (natural, ordered))
     assert b < 0.9 * a
 
 
@@ -108,7 +108,7 @@ def test_it_never_dies(problem, spec):
 
     few = torch.randn(3, 320)
     made, told = gptq(weight, few.T @ few, spec)  # rank 3: the damping carries it
-    assert told.why is None and output_error(weight, dequantize(*made, spec), few.T @ few) < 1e-3
+    assert told.why is None and output_error(weight, made.values(spec), few.T @ few) < 1e-3
 
     made, told = gptq(weight, hessian * 1e30, spec)  # near the end of fp32
     assert torch.equal(made.codes, gptq(weight, hessian, spec)[0].codes)
@@ -126,7 +126,7 @@ def test_it_never_dies(problem, spec):
     with pytest.raises(PhaseQuantError, match=r"block 7, down has 1 values that are not finite"):
         gptq(broken, hessian, spec, place="block 7, down")
     made, _ = gptq(torch.zeros_like(weight), hessian, spec)
-    assert (dequantize(*made, spec) == 0).all()
+    assert (made.values(spec) == 0).all()
 
 
 def test_the_damping_ladder_and_its_end(problem):

@@ -55,6 +55,9 @@ class RotationPart(_Part):
         description="folded: one rotation of the residual, in the weights, free; online: after every norm's gain, by "
         "two small products",
     )
+    block: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="quarot online: Hadamards of this order side by side, instead of one of the width (for fp4)"
+    )
     down: Literal["hadamard", "learned"] = Field(
         "hadamard", description="dfrot, frtq: the rotation before down: fixed, or refined like the others"
     )
@@ -113,8 +116,11 @@ class WeightsPart(_Part):
         "rtn", description="how codes are chosen: rtn (round to nearest); gptq (errors made up for by later columns)"
     )
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized")
+    format: Literal["int", "nvfp4", "mxfp4"] = Field(
+        "int", description="int; nvfp4, mxfp4: E2M1 codes of 4 bits with a scale for 16 or 32 inputs"
+    )
     granularity: Literal["channel", "group"] = Field(
-        "channel", description="one scale per output channel, or per group"
+        "channel", description="one scale per output channel, or per group; of int"
     )
     group_size: int | None = Field(None, description="inputs that share a scale, with granularity group (32, 64, 128)")
     symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
@@ -145,6 +151,8 @@ class WeightsPart(_Part):
     def _group_size_fits(self) -> "WeightsPart":
         if (self.granularity == "group") != (self.group_size is not None):
             raise ValueError("weights.group_size goes with weights.granularity=group, and only with it")
+        if self.format != "int" and (self.bits != 4 or not self.symmetric or self.granularity == "group"):
+            raise ValueError(f"weights.format={self.format} is 4 bits, symmetric, with groups of its own: leave those")
         return self
 
     def spec(self) -> QuantSpec | None:
@@ -152,6 +160,8 @@ class WeightsPart(_Part):
         if self.bits == 16:
             return None
         clip = 1.0 if self.clip == "none" or self.clip == "learned" else self.clip
+        if self.format != "int":
+            return QuantSpec.floating(self.format, clip)
         return QuantSpec(self.bits, self.symmetric, self.granularity, self.group_size, clip)
 
 
@@ -185,16 +195,30 @@ class ActivationsPart(_Part):
     """What every linear inside the blocks reads."""
 
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized; a policy may raise groups above this")
+    format: Literal["int", "nvfp4", "mxfp4", "fp8"] = Field(
+        "int", description="int; nvfp4, mxfp4 (4 bits, a scale for 16 or 32 values) and fp8 (E4M3, a scale a token)"
+    )
     granularity: Literal["token", "tensor"] = Field("token", description="one dynamic scale per token, or per call")
     symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
     clip: Literal["learned"] | Fraction = Field(
         1.0, description="largest magnitude kept, as a fraction of the largest present; learned: by group and block"
     )
 
+    @model_validator(mode="after")
+    def _format_fits(self) -> "ActivationsPart":
+        bits = {"int": self.bits, "fp8": 8}.get(self.format, 4)
+        if self.bits not in (16, bits) or (
+            self.format != "int" and (not self.symmetric or self.granularity != "token")
+        ):
+            raise ValueError(f"activations.format={self.format} is {bits} bits, symmetric, with scales of its own")
+        return self
+
     def spec(self) -> QuantSpec | None:
         """The grid; None at 16 bits."""
         if self.bits == 16:
             return None
+        if self.format != "int":
+            return QuantSpec.floating(self.format, _start(self.clip))
         return QuantSpec(self.bits, self.symmetric, self.granularity, None, _start(self.clip))
 
 
@@ -231,6 +255,9 @@ class PolicyPart(_Part):
         "Historical SNR; budget: where 4 bits add most noise, within a8_share",
     )
     bits: Literal[5, 6, 7, 8, 16] = Field(8, description="what raised groups read")
+    format: Literal["auto", "int", "fp8"] = Field(
+        "auto", description="their grid: int (auto where activations are), or fp8 (auto where activations are fp4)"
+    )
     clip: Fraction = Field(1.0, description="clip of raised groups, which have codes to spare for the largest values")
     a8_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.125, description="budget: largest share of the linear multiply-adds that may be raised"
@@ -306,6 +333,15 @@ class Recipe(_Part):
             raise ValueError("lowrank goes beside codes: set weights.bits below 16")
         if (method == "load") != (self.transform.file is not None):
             raise ValueError("transform.file goes with transform.method=load, and only with it")
+        raised = self.policy.format
+        if "fp8" in (raised, "fp8" if raised == "auto" and self.activations.format != "int" else "") and (
+            self.policy.name != "uniform" and self.policy.bits not in (8, 16)
+        ):
+            raise ValueError("policy.format=fp8 is 8 bits: set policy.bits=8, or policy.format=int")
+        learns = method in ("flat", "spin") or self.learned_clips
+        for part in (self.activations, self.weights):
+            if learns and part.format != "int" and part.bits < 16:
+                raise ValueError(f"nothing can be learned through {part.format} grids yet: take integer ones")
         if learning.optimizer in ("cayley", "qr-orth") and not spin:
             raise ValueError(f"learning.optimizer={learning.optimizer} learns rotations: it goes with spin")
         if learning.loss in ("ce", "kl") and not spin:
@@ -314,6 +350,8 @@ class Recipe(_Part):
             raise ValueError(f"learning.loss={learning.loss} is of one block: spin learns by ce or kl")
         if self.rotation.where == "online" and method in ("none", "smooth", "load"):
             raise ValueError(f"rotation.where=online has no meaning with transform.method={method}: it does not choose")
+        if self.rotation.block is not None and (method, self.rotation.where) != ("quarot", "online"):
+            raise ValueError("rotation.block goes with transform.method=quarot and rotation.where=online")
         if learning.optimizer == "adamw" and spin:
             raise ValueError("learning.optimizer=adamw does not keep rotations orthogonal: use cayley, qr-orth or zeta")
         return self

@@ -25,6 +25,8 @@ class Int8Cpu:
             return False, f"runs on the CPU, not on {device.type}"
         if spec.weight is None or spec.input is None:
             return False, "needs integer weights and integer activations"
+        if not (spec.weight.is_int and spec.input.is_int):
+            return False, "needs integer grids"
         if not (spec.weight.symmetric and spec.input.symmetric):
             return False, "needs symmetric grids"
         if spec.weight.granularity == "group" or spec.input.granularity == "group":

@@ -10,7 +10,8 @@ A fused kernel computes x·Aᵀ where it reads x to round it, and adds (x·Aᵀ)
 
 The inner sum is an integer. It is computed by a floating-point matrix product in a type wide enough to hold every
 partial sum exactly (fp32 below 2^24, else fp64), so its value depends neither on the order of summation nor on the
-machine. Scaling is fp32: first by s_w, then by s_x. With 16-bit inputs the weights are dequantized and multiplied.
+machine. Scaling is fp32: first by s_w, then by s_x. With 16-bit inputs, and where either
+grid is of floating-point codes, what the codes stand for is multiplied in fp32.
 
 Costs as much as a dense fp32 linear plus unpacking: it defines, it is not fast.
 """
@@ -63,7 +64,7 @@ class Reference:
         """The definition."""
         wide = torch.promote_types(x.dtype, torch.float32)
         values = x.to(wide)
-        if spec.input is None or spec.weight is None:
+        if spec.input is None or spec.weight is None or not (spec.weight.is_int and spec.input.is_int):
             if spec.input is not None:
                 values = fake_quantize(values, spec.input)
             return add_rest(values @ dense_weight(weights, spec).to(wide).T, x.to(wide), weights, spec).to(x.dtype)

@@ -3,8 +3,9 @@
     y = W̃ · Q( online(x) ) + B·A·online(x) + b          B·A: a low-rank branch in 16 bits, where there is one
 
 On disk and in memory the weights are codes (two to a byte up to 4 bits) with fp32 scales (out, groups) and, where the
-grid is asymmetric, zero points. With 16-bit weights the tensor is `weight_dense`: never `weight`, so that a loader that
-does not know this package finds nothing it could mistake for a plain linear.
+grid is asymmetric, zero points; FP4 codes have their own 8-bit scales (bytes), and NVFP4's second one. With 16-bit
+weights the tensor is `weight_dense`: never `weight`, so that a loader that does not know this package finds nothing it
+could mistake for a plain linear.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from phasequant.errors import PhaseQuantError
 from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight
 from phasequant.nn.online import OnlineMap
-from phasequant.numerics import QuantSpec, pack, packed_width
+from phasequant.numerics import QuantSpec, pack, packed_width, read_scales, store_scales
 
 
 class QuantLinear(nn.Module):
@@ -25,6 +26,7 @@ class QuantLinear(nn.Module):
     weight_packed: Tensor | None
     weight_scale: Tensor | None
     weight_zero: Tensor | None
+    weight_global: Tensor | None
     lowrank_down: Tensor | None
     lowrank_up: Tensor | None
 
@@ -67,16 +69,19 @@ class QuantLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
 
     def _register_codes(self, spec: QuantSpec | None, device: torch.device | None) -> None:
-        packed = scale = zero = None
+        packed = scale = zero = second = None
         if spec is not None:
             shape = (self.out_features, spec.groups(self.in_features))
             width = packed_width(self.in_features, spec)
             packed = torch.empty(self.out_features, width, dtype=torch.uint8, device=device)
-            scale = torch.empty(shape, dtype=torch.float32, device=device)
+            scale = torch.empty(shape, dtype=torch.float32 if spec.is_int else torch.uint8, device=device)
+            if spec.kind == "nvfp4":
+                second = torch.empty(1, dtype=torch.float32, device=device)
             zero = None if spec.symmetric else torch.empty(shape, dtype=torch.uint8, device=device)
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero", zero)
+        self.register_buffer("weight_global", second)
 
     @classmethod
     def dense(
@@ -91,15 +96,20 @@ class QuantLinear(nn.Module):
         return module
 
     def set_codes(
-        self, codes: Tensor, scale: Float[Tensor, "O G"], zero: Float[Tensor, "O G"], spec: QuantSpec
+        self,
+        codes: Tensor,
+        scale: Float[Tensor, "O G"],
+        zero: Float[Tensor, "O G"],
+        spec: QuantSpec,
+        peak: Float[Tensor, ""] | None = None,
     ) -> None:
-        """Replace the dense weights by codes."""
+        """Replace the dense weights by codes; `peak`: what NVFP4's second scale was taken from."""
         device = scale.device
         self.weight_spec = spec
         self.weight_dense = None
         self._register_codes(spec, device)
         self.weight_packed = pack(codes, spec)
-        self.weight_scale = scale.to(torch.float32)
+        self.weight_scale, self.weight_global = store_scales(scale.to(torch.float32), spec, peak)
         if not spec.symmetric:
             self.weight_zero = zero.to(torch.uint8)
 
@@ -119,7 +129,7 @@ class QuantLinear(nn.Module):
         if self.weight_spec is not None:
             scales = (self.out_features, self.weight_spec.groups(self.in_features))
             packed = (self.out_features, packed_width(self.in_features, self.weight_spec))
-            expected = {"weight_packed": packed, "weight_scale": scales, "weight_zero": scales}
+            expected = {"weight_packed": packed, "weight_scale": scales, "weight_zero": scales, "weight_global": (1,)}
         expected["lowrank_down"] = (self._rank_laid_out, self.in_features)
         expected["lowrank_up"] = (self.out_features, self._rank_laid_out)
         for key, shape in expected.items():
@@ -140,16 +150,15 @@ class QuantLinear(nn.Module):
     @property
     def tensors(self) -> LinearTensors:
         """What a kernel is given; zero points are 0 where the grid is symmetric."""
-        zero = self.weight_zero
-        if zero is None and self.weight_scale is not None:
-            zero = torch.zeros_like(self.weight_scale)
-        elif zero is not None:
-            assert self.weight_scale is not None
-            zero = zero.to(self.weight_scale.dtype)
+        zero, scale = self.weight_zero, self.weight_scale
+        if scale is not None:
+            assert self.weight_spec is not None
+            scale = read_scales(scale, self.weight_spec, self.weight_global)
+            zero = torch.zeros_like(scale) if zero is None else zero.to(scale.dtype)
         return LinearTensors(
             self.weight_dense,
             self.weight_packed,
-            self.weight_scale,
+            scale,
             zero,
             self.bias,
             self.lowrank_down,

@@ -1,5 +1,6 @@
 """Grids, packing and orthogonal matrices as pure functions on tensors. Knows torch and nothing above it."""
 
+from phasequant.numerics.floating import read_scales, store_scales
 from phasequant.numerics.hadamard import hadamard, random_orthogonal, spreading_mix, spreading_rotation
 from phasequant.numerics.integer import (
     codes_type,
@@ -32,10 +33,12 @@ __all__ = [
     "procrustes_step",
     "quantize",
     "random_orthogonal",
+    "read_scales",
     "round_to_codes",
     "round_values",
     "spreading_mix",
     "spreading_rotation",
+    "store_scales",
     "straight_through",
     "unpack",
 ]

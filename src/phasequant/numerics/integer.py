@@ -1,4 +1,4 @@
-r"""Integer grids: scale, round, clamp, and back.
+r"""Grids: scale, round, clamp, and back; what is said here is the integer kind, for the others see `floating`.
 
 For a row x (or a group of a row) and b bits, with clip ratio c:
 
@@ -16,9 +16,10 @@ punishes a clipped outlier more than a square would: un-rotated SmolLM2 (W4A16) 
 """
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from phasequant.numerics.floating import e2m1_values, float_scale, round_float
 from phasequant.numerics.spec import QuantSpec
 
 MSE_STEPS = 80  # ratios 1 - i/100, i = 0 … 79
@@ -32,8 +33,11 @@ def to_groups(x: Float[Tensor, "*rows width"], spec: QuantSpec) -> Float[Tensor,
     return x.unflatten(-1, (spec.groups(x.shape[-1]), -1))
 
 
-def _range_to_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _range_to_grid(low: Tensor, high: Tensor, spec: QuantSpec, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point (zeros where symmetric) for values within [low, high], low ≤ 0 ≤ high."""
+    if not spec.is_int:
+        scale = float_scale(spec.kind, torch.maximum(-low, high), peak)
+        return scale, torch.zeros_like(scale)
     # Divided by a tensor: CUDA multiplies by the reciprocal of a number, and the last bit would be another.
     steps = torch.full_like(high, spec.highest)
     if spec.symmetric:
@@ -46,6 +50,9 @@ def _range_to_grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
 
 
 def _round_to_grid(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes; of floating-point grids the values of the codes, before scaling."""
+    if not spec.is_int:
+        return round_float(spec.kind, x / scale)[1]
     return torch.clamp(torch.round(x / scale) + zero, spec.lowest, spec.highest)
 
 
@@ -54,25 +61,27 @@ def grid(
     spec: QuantSpec,
     ratio: Float[Tensor, "*shared G"] | None = None,
     mse_step: int = 1,
+    peak: Float[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
     """Scale and zero point of each group of `x`; zero points are 0 where the grid is symmetric.
 
     With `clip="mse"` each group tries 80 clip ratios from 1.00 down to 0.21 and keeps the one with the least
     Σ|Q(x)-x|^2.4. `ratio`: a clip ratio for every group, instead of the grid's own. `mse_step`: try
-    only every so many of the 80.
+    only every so many of the 80. `peak`: the tensor's largest magnitude, from which NVFP4 takes its second scale;
+    without it every row has its own.
     """
     grouped = to_groups(x, spec)
     low = grouped.amin(-1).clamp(max=0)
     high = grouped.amax(-1).clamp(min=0)
     if ratio is not None:
-        return _range_to_grid(low * ratio, high * ratio, spec)
+        return _range_to_grid(low * ratio, high * ratio, spec, peak)
     if spec.clip != "mse":
-        return _range_to_grid(low * float(spec.clip), high * float(spec.clip), spec)
-    best_scale, best_zero = _range_to_grid(low, high, spec)
+        return _range_to_grid(low * float(spec.clip), high * float(spec.clip), spec, peak)
+    best_scale, best_zero = _range_to_grid(low, high, spec, peak)
     best_error = torch.full_like(low, torch.inf)
     for step in range(0, MSE_STEPS, mse_step):
         fraction = 1.0 - step / 100
-        scale, zero = _range_to_grid(low * fraction, high * fraction, spec)
+        scale, zero = _range_to_grid(low * fraction, high * fraction, spec, peak)
         rounded = _round_to_grid(grouped, scale[..., None], zero[..., None], spec).sub_(zero[..., None])
         error = rounded.mul_(scale[..., None]).sub_(grouped).abs_().pow_(MSE_NORM).sum(-1)
         better = error < best_error
@@ -87,19 +96,24 @@ def round_to_codes(
     scale: Float[Tensor, "*shared G"],
     zero: Float[Tensor, "*shared G"],
     spec: QuantSpec,
-) -> Integer[Tensor, "*rows width"]:
-    """Codes of `x` on a given grid: int8 where symmetric, uint8 where not."""
-    codes = _round_to_grid(to_groups(x, spec), scale[..., None], zero[..., None], spec)
+) -> Shaped[Tensor, "*rows width"]:
+    """Codes of `x` on a given grid, of `codes_type`."""
+    codes, _ = round_values(to_groups(x, spec), scale[..., None], zero[..., None], spec)
     return codes.reshape(x.shape).to(codes_type(spec))
 
 
 def codes_type(spec: QuantSpec) -> torch.dtype:
-    """The type codes are handed around in."""
+    """The type codes are handed around in: int8 where symmetric, uint8 where not; E2M1 nibbles as uint8; E4M3."""
+    if not spec.is_int:
+        return torch.float8_e4m3fn if spec.kind == "fp8" else torch.uint8
     return torch.int8 if spec.symmetric else torch.uint8
 
 
 def round_values(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Codes (as floating-point numbers) and the values they stand for, on scales that broadcast against `x`."""
+    if not spec.is_int:
+        codes, values = round_float(spec.kind, x / scale)
+        return codes, values * scale
     codes = _round_to_grid(x, scale, zero, spec)
     return codes, (codes - zero) * scale
 
@@ -109,20 +123,22 @@ def quantize(
     spec: QuantSpec,
     ratio: Float[Tensor, "*shared G"] | None = None,
     mse_step: int = 1,
-) -> tuple[Integer[Tensor, "*rows width"], Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
-    """Codes, scales and zero points of `x`; `ratio` and `mse_step` as in `grid`."""
-    scale, zero = grid(x, spec, ratio, mse_step)
+    peak: Float[Tensor, ""] | None = None,
+) -> tuple[Shaped[Tensor, "*rows width"], Float[Tensor, "*shared G"], Float[Tensor, "*shared G"]]:
+    """Codes, scales and zero points of `x`; `ratio`, `mse_step`, `peak` as in `grid`."""
+    scale, zero = grid(x, spec, ratio, mse_step, peak)
     return round_to_codes(x, scale, zero, spec), scale, zero
 
 
 def dequantize(
-    codes: Integer[Tensor, "*rows width"],
+    codes: Shaped[Tensor, "*rows width"],
     scale: Float[Tensor, "*shared G"],
     zero: Float[Tensor, "*shared G"],
     spec: QuantSpec,
 ) -> Float[Tensor, "*rows width"]:
     """x̂ = s·(q - z), in the scale's precision."""
-    grouped = to_groups(codes.to(scale.dtype), spec)
+    fp4 = spec.kind in ("nvfp4", "mxfp4")
+    grouped = to_groups(e2m1_values(codes, scale.dtype) if fp4 else codes.to(scale.dtype), spec)
     return ((grouped - zero[..., None]) * scale[..., None]).reshape(codes.shape)
 
 

@@ -2,7 +2,7 @@
 
 The code at an even place of the last axis lies in the low four bits, its right neighbour in the high four; an odd
 width is padded with one zero. Symmetric codes are stored with 8 added, so that every nibble is unsigned. Grids of up
-to 4 bits are packed; 5 to 8 bits take a byte a code.
+to 4 bits are packed; 5 to 8 bits take a byte a code. E2M1 codes are nibbles already.
 """
 
 import torch
@@ -23,7 +23,7 @@ def pack(codes: Integer[Tensor, "*rows width"], spec: QuantSpec) -> UInt8[Tensor
     """Codes to bytes."""
     if spec.bits > 4:
         return codes.to(torch.int16).add(128 if spec.symmetric else 0).to(torch.uint8)
-    nibbles = codes.to(torch.int16).add(OFFSET if spec.symmetric else 0).to(torch.uint8)
+    nibbles = codes.to(torch.int16).add(OFFSET if spec.symmetric and spec.is_int else 0).to(torch.uint8)
     if nibbles.shape[-1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
@@ -34,4 +34,4 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], width: int, spec: QuantSpec) ->
     if spec.bits > 4:
         return packed if not spec.symmetric else (packed ^ 128).view(torch.int8)
     nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :width]
-    return nibbles if not spec.symmetric else nibbles.view(torch.int8) - OFFSET
+    return nibbles if not (spec.symmetric and spec.is_int) else nibbles.view(torch.int8) - OFFSET

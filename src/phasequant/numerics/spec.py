@@ -7,12 +7,16 @@ from typing import Any, Literal
 from phasequant.errors import PhaseQuantError, did_you_mean
 
 GRANULARITIES = ("tensor", "token", "channel", "group")
+FLOATS = {"nvfp4": (4, "group", 16), "mxfp4": (4, "group", 32), "fp8": (8, "token", None)}
+"""Floating-point kinds: bits, granularity, group size."""
+KINDS = ("int", *FLOATS)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
-    """One integer grid.
+    """One grid: integers, or the floating-point codes of `numerics.floating`, whose geometry is fixed by their kind.
 
+    - `kind`: int, nvfp4, mxfp4 or fp8.
     - `bits`: 2 to 8.
     - `symmetric`: codes -2^(b-1) … 2^(b-1)-1 around zero; else 0 … 2^b-1 with a zero point.
     - `granularity`: how many values share a scale. `tensor`: all of them; `token` and `channel`: one row of the last
@@ -25,6 +29,13 @@ class QuantSpec:
     granularity: str = "token"
     group_size: int | None = None
     clip: float | Literal["mse"] = 1.0
+    kind: str = "int"
+
+    @classmethod
+    def floating(cls, kind: str, clip: float | Literal["mse"] = 1.0) -> "QuantSpec":
+        """The grid of a floating-point kind."""
+        bits, granularity, size = FLOATS[kind]
+        return cls(bits, True, granularity, size, clip, kind)
 
     def __post_init__(self) -> None:
         for name, value, kind in (("bits", self.bits, int), ("symmetric", self.symmetric, bool)):
@@ -36,6 +47,14 @@ class QuantSpec:
             raise PhaseQuantError(f"group_size must be a whole number, not {self.group_size!r}")
         if self.clip != "mse" and not isinstance(self.clip, (int, float)):
             raise PhaseQuantError(f"clip must be a number or 'mse', not {self.clip!r}")
+        if self.kind not in KINDS:
+            raise PhaseQuantError(f"unknown kind of grid '{self.kind}': {did_you_mean(self.kind, KINDS)}")
+        if self.kind in FLOATS and (self.bits, self.granularity, self.group_size, self.symmetric) != (
+            *FLOATS[self.kind],
+            True,
+        ):
+            bits, granularity, size = FLOATS[self.kind]
+            raise PhaseQuantError(f"{self.kind} is {bits} bits, symmetric, per {granularity} {size or ''}".rstrip())
         if not 2 <= self.bits <= 8:
             raise PhaseQuantError(f"a grid has 2 to 8 bits, not {self.bits} (16 bits means: no grid at all)")
         if self.granularity not in GRANULARITIES:
@@ -48,6 +67,11 @@ class QuantSpec:
             raise PhaseQuantError(f"group_size must be positive, not {self.group_size}")
         if self.clip != "mse" and not 0.0 < float(self.clip) <= 1.0:
             raise PhaseQuantError(f"clip is a fraction in (0, 1], not {self.clip}")
+
+    @property
+    def is_int(self) -> bool:
+        """Whether codes are integers."""
+        return self.kind == "int"
 
     @property
     def lowest(self) -> int:
@@ -89,5 +113,7 @@ class QuantSpec:
         return cls(**values)
 
     def __str__(self) -> str:
+        if self.kind in FLOATS:
+            return f"{self.kind}, clip {self.clip}"
         shape = self.granularity if self.group_size is None else f"group {self.group_size}"
         return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} per {shape}, clip {self.clip}"

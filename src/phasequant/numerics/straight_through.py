@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from phasequant.errors import PhaseQuantError
 from phasequant.numerics.integer import to_groups
 from phasequant.numerics.spec import QuantSpec
 
@@ -50,6 +51,8 @@ def straight_through(
 ) -> Float[Tensor, "*rows width"]:
     """`x` rounded to its grid, with a gradient to `x` and to `ratio`, the clip ratio that replaces the grid's own
     (broadcast against the grid's scales, *rows × G)."""
+    if not spec.is_int:
+        raise PhaseQuantError(f"nothing can be learned through {spec.kind} grids yet: take integer ones")
     grouped = to_groups(x, spec)
     low = grouped.amin(-1).clamp(max=0)
     high = grouped.amax(-1).clamp(min=0)

@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from phasequant.arch import GROUPS, ModelMap
 from phasequant.errors import PhaseQuantError
+from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
 from phasequant.plan.precision import Place, PrecisionPlan, Raised
 from phasequant.recipe import PolicyPart, Recipe
@@ -118,6 +119,17 @@ NEEDS_OBSERVATIONS = frozenset({"threshold", "budget"})
 NEEDS_NOISE = frozenset({"budget"})
 
 
+def _high(recipe: Recipe, low: QuantSpec) -> QuantSpec:
+    """The grid of raised groups."""
+    policy = recipe.policy
+    floating = policy.format == "fp8" or (policy.format == "auto" and not low.is_int)
+    if floating:
+        return QuantSpec.floating("fp8", policy.clip)
+    if low.is_int:
+        return replace(low, bits=policy.bits, clip=policy.clip)
+    return QuantSpec(policy.bits, clip=policy.clip)
+
+
 def make_plan(recipe: Recipe, model_map: ModelMap, seen: Seen | None) -> PrecisionPlan:
     """The recipe's plan for a model."""
     policy = recipe.policy
@@ -134,7 +146,7 @@ def make_plan(recipe: Recipe, model_map: ModelMap, seen: Seen | None) -> Precisi
         )
     high = None
     if low is not None and policy.bits != 16:
-        high = replace(low, bits=policy.bits, clip=policy.clip)
+        high = _high(recipe, low)
     places = POLICIES[policy.name](policy, model_map, seen)
     return PrecisionPlan(
         policy.name,

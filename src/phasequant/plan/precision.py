@@ -168,7 +168,9 @@ def _spec(values: Any, place: str, role: str, widths: tuple[int, ...] = ()) -> Q
         return None
     try:
         spec = QuantSpec.from_dict(values)
-        if spec.granularity not in ROLES[role]:
+        if not spec.is_int and (role == "kv" or (role == "weights" and spec.kind == "fp8")):
+            raise PhaseQuantError(f"{role} cannot be {spec.kind}")
+        if spec.is_int and spec.granularity not in ROLES[role]:
             raise PhaseQuantError(f"{role} are quantized per {' or '.join(ROLES[role])}, not per {spec.granularity}")
         if spec.clip == "mse" and role != "weights":
             raise PhaseQuantError("clip 'mse' is for weights only")

@@ -12,6 +12,9 @@ M ⊗ R2 over the whole width; before down R4 acts on the product of the MLP; R3
                      online   gains stay in the norms; a rotation of the model width runs after each: 2·D·(a + b)
                               multiply-adds a token and block more (D = a·b); R2 folded; online M, R3, R4
 
+    rotation.block: B (online) Hadamards of order B side by side instead: B multiply-adds a value; nothing before o,
+                     whose blocks are in R2. What MR-GPTQ (arXiv 2509.23202) does for FP4, whose scales span 16 or 32
+
 Folded, every norm's readers see the residual in one common rotation, and its gains are lost to the weights; online, the
 gains have flattened the input before it is rotated, and norms that cannot be folded are no obstacle. R1 is a randomized
 Hadamard diag(±1)·H (seed of the recipe); the others are plain. Where no Hadamard matrix exists the ladder of
@@ -22,7 +25,9 @@ the function (methods.md §4), so it is left out and logits are tested to stay.
 """
 
 from phasequant.arch import ModelMap
+from phasequant.errors import PhaseQuantError
 from phasequant.numerics import spreading_mix, spreading_rotation
+from phasequant.numerics.hadamard import is_order
 from phasequant.transform.contract import BlockTransform, Task, Transform
 
 
@@ -43,6 +48,29 @@ def fixed_rotations(model_map: ModelMap, seed: int, where: str = "folded", metho
     return Transform.alike(method, model_map, block, folds_norms=folded, residual=residual)
 
 
+def block_rotations(model_map: ModelMap, size: int) -> Transform:
+    """Hadamards of order `size` side by side before every linear; before o they are in v, where they fit its heads."""
+    shape = model_map.shape
+    for place, width in (("the model's width", shape.d_model), ("the MLP's width", shape.d_ffn)):
+        if width % size or not is_order(size):
+            raise PhaseQuantError(
+                f"rotation.block {size} does not do for {place}, {width}: choose a divisor of it that is an order of "
+                "Hadamard matrices, such as 16, 32 or 64"
+            )
+    head = size if shape.d_head % size == 0 else shape.d_head
+    made = [spreading_rotation(size, copies=width // size) for width in (shape.d_model, shape.d_ffn)]
+    block = BlockTransform(
+        qkv=made[0],
+        gate_up=made[0],
+        value=spreading_rotation(head, copies=shape.kv_heads * shape.d_head // head),
+        qk=spreading_rotation(shape.d_head),
+        down=made[1],
+    )
+    return Transform.alike("quarot", model_map, block)
+
+
 def quarot(task: Task) -> Transform:
     """QuaRot."""
+    if task.rotation.block is not None:
+        return block_rotations(task.map, task.rotation.block)
     return fixed_rotations(task.map, task.seed, task.rotation.where)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics import QuantSpec, codes_type, grid, round_values
-from phasequant.weight.codes import Told, WeightCodes
+from phasequant.weight.codes import Told, WeightCodes, peak_of
 
 BLOCK = 128
 RUNGS = 4  # dampings: λ, 10λ, 100λ, 1000λ
@@ -179,7 +179,8 @@ def gptq(
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise PhaseQuantError(f"{place} has {bad} values that are not finite: the model is damaged, or its transform")
-    scale, zero = grid(weight, spec, clips) if scales is None else scales
+    peak = peak_of(weight, spec)
+    scale, zero = grid(weight, spec, clips, peak=peak) if scales is None else scales
     scaled, dead = normalized(hessian)
     told = Told("gptq", dead=dead)
     upper = None
@@ -195,13 +196,13 @@ def gptq(
     if upper is None:
         told.why, told.rung = told.rung, "rtn"
         whole = round_values(_grouped(weight, scale), scale[..., None], zero[..., None], spec)[0]
-        return WeightCodes(whole.reshape(weight.shape).to(codes_type(spec)), scale, zero), told
+        return WeightCodes(whole.reshape(weight.shape).to(codes_type(spec)), scale, zero, peak), told
     if told.rung != "gptq":
         told.why = "the Hessian is close to singular"
     codes, loss = solve(weight, upper, scale, zero, spec, permutation)
     size = float(((weight @ scaled) * weight).sum(dtype=torch.float64))
     told.error = loss / size if size > 0 else 0.0
-    return WeightCodes(codes, scale, zero), told
+    return WeightCodes(codes, scale, zero, peak), told
 
 
 def _grouped(weight: Tensor, scale: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics import QuantSpec, dequantize, quantize
+from phasequant.weight.codes import peak_of
 
 SPARE = 8  # directions more than the rank, so that subspace iteration finds the rank's
 MSE_STEP = 4  # every fourth ratio of the clip search: the choice of an iteration needs no finer one
@@ -95,7 +96,7 @@ def split(
     coarse = replace(spec, clip="mse")
 
     def rounded(residual: Tensor) -> tuple[Tensor, float]:
-        made = dequantize(*quantize(residual, coarse, mse_step=MSE_STEP), coarse)
+        made = dequantize(*quantize(residual, coarse, mse_step=MSE_STEP, peak=peak_of(residual, coarse)), coarse)
         error = residual - made
         return made, float((error if root is None else error @ root).square().sum(dtype=torch.float64))
 

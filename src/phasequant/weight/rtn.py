@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.numerics import QuantSpec, quantize
-from phasequant.weight.codes import WeightCodes
+from phasequant.weight.codes import WeightCodes, peak_of
 
 ROWS_AT_ONCE = 2**22  # values: keeps the search's temporaries in cache-friendly pieces
 
@@ -23,5 +23,7 @@ def round_to_nearest(
     rows = max(1, ROWS_AT_ONCE // weight.shape[1])
     parts = weight.to(torch.float32).split(rows)
     ratios = [None] * len(parts) if clips is None else clips.to(parts[0]).split(rows)
-    pieces = [quantize(part, spec, ratio) for part, ratio in zip(parts, ratios, strict=True)]
-    return WeightCodes(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    peak = peak_of(weight, spec)
+    pieces = [quantize(part, spec, ratio, peak=peak) for part, ratio in zip(parts, ratios, strict=True)]
+    codes, scale, zero = (torch.cat(column) for column in zip(*pieces, strict=True))
+    return WeightCodes(codes, scale, zero, peak)

@@ -27,7 +27,7 @@ from phasequant.arch import ModelMap
 from phasequant.arch.families import GroupNames
 from phasequant.console import progress, warn
 from phasequant.nn import SLOT, QuantLinear, kv_in_16_bits, quant_linears
-from phasequant.numerics import QuantSpec, dequantize
+from phasequant.numerics import QuantSpec
 from phasequant.recipe import LowRankPart, WeightsPart
 from phasequant.stream import BlockStream, resident
 from phasequant.weight.codes import Told, WeightCodes
@@ -221,14 +221,14 @@ class _Made:
         """Have the linears compute with the rounded weights."""
         for linear, made, branch in zip(self.linears, self.codes, self.branches, strict=True):
             assert linear.weight_dense is not None
-            linear.weight_dense.data = dequantize(*made, spec).to(linear.weight_dense.dtype)
+            linear.weight_dense.data = made.values(spec).to(linear.weight_dense.dtype)
             if branch is not None:
                 linear.set_branch(branch.down, branch.up, rounded=self.rounded)
 
     def settle(self, spec: QuantSpec) -> None:
         """Give the linears their codes."""
         for linear, made, branch in zip(self.linears, self.codes, self.branches, strict=True):
-            linear.set_codes(*made, spec)
+            linear.set_codes(made.codes, made.scale, made.zero, spec, made.peak)
             if branch is not None:
                 linear.set_branch(branch.down, branch.up, rounded=self.rounded)
 
@@ -245,7 +245,7 @@ def _quantize_group(
     if all(name in learned for name in group.linears):
         clips = torch.cat([learned[name].to(stacked) for name in group.linears])
     branch, made, told = _codes(task, stacked, clips, moments, group.name, f"block {index}, {group.name}")
-    codes = [WeightCodes(*piece) for piece in zip(*(column.split(rows) for column in made), strict=True)]
+    codes = made.rows(rows)
     branches: list[Branch | None] = [None] * len(linears)
     if branch is not None:
         branches = [Branch(branch.down, up) for up in branch.up.split(rows)]
