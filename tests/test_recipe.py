@@ -93,3 +93,7 @@ def test_unknown_names():
 def test_recipes_are_frozen():
     with pytest.raises(Exception, match="frozen"):
         Recipe().seed = 3
+
+
+def test_no_preset_hides_a_part():
+    assert not set(parts()) & set(presets())

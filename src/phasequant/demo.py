@@ -88,6 +88,7 @@ def run_demo(
         candidates = {name: run.model for name, run in runs.items()}
         rows_plans = {name: run.plan for name, run in runs.items()}
         models = {name: run.model for name, run in runs.items()}
+        run = runs[shown]
     else:
         rows_plans, shown = demo_plans(wanted, source.map, seen, recipe), "+ budget, same share"
         run = pipeline.finish(made, rows_plans[_title(recipe)])
@@ -103,6 +104,7 @@ def run_demo(
     chosen = rows_plans[shown]
     report = {
         **describe(source, wanted, made.transform, made.observations, made.calibration, made.cost),
+        "weights": run.origin["weights"],
         "plan": chosen.to_dict(),
         "plans": {name: plan.to_dict() for name, plan in rows_plans.items()},
         "results": rows,

@@ -91,6 +91,7 @@ def context(report: Json) -> Json:
         "floor": charts.FLOOR,
         "mean_gsr": [mean_gsr(side) for side in charts.sides(report)],
         "learning": learning_row(report.get("learning")),
+        "weights": weights_row(report.get("weights")),
         "transform": [transform_row(entry, model) for entry in report["transform"]],
         "phases": [phase_row(phase) for phase in report["observations"]["raw"]["phases"]],
         "drawn": charts.BANDS,
@@ -295,6 +296,34 @@ def learning_row(cost: Json | None) -> Json | None:
             }
             for index, one in enumerate(cost["blocks"])
         ],
+    }
+
+
+def weights_row(weights: Json | None) -> Json | None:
+    """How the codes of the weights came about; None where nothing is known of it."""
+    if not weights:
+        return None
+    groups = weights["groups"]
+    rows = []
+    for name in dict.fromkeys(entry["group"] for entry in groups):
+        own = [entry for entry in groups if entry["group"] == name]
+        errors = [entry["error"] for entry in own if entry["error"] is not None]
+        ranks = {int(entry["notes"].get("rank", 0)) for entry in own}
+        rows.append(
+            {
+                "group": name,
+                "error": f"{100 * fmean(errors):.3f} %" if errors else "–",
+                "worst": f"{100 * max(errors):.3f} %" if errors else "–",
+                "rank": ", ".join(str(rank) for rank in sorted(ranks) if rank) or "–",
+                "dead": sum(entry["dead"] for entry in own) or "–",
+            }
+        )
+    return {
+        "method": weights["method"],
+        "seconds": f"{weights['seconds']:.1f}",
+        "peak": f"{weights['peak_bytes'] / 2**30:.2f}",
+        "rows": rows,
+        "fallen": [entry for entry in groups if entry["why"] is not None],
     }
 
 

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from phasequant.console import note
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics import QuantSpec, codes_type, grid, round_values
 from phasequant.weight.codes import Told, WeightCodes, peak_of
@@ -105,9 +106,14 @@ class _Columns:
         with torch.cuda.stream(side):
             self._run()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._run()
+            self.graph = graph
+        except RuntimeError as error:
+            note(f"gptq: columns run one by one, they could not be captured ({error})")
+            torch.cuda.synchronize()
 
     def __call__(self) -> None:
         if self.graph is not None:

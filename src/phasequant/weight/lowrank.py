@@ -117,5 +117,18 @@ def split(
         made, error = rounded(residual)
         if error < least:
             best, least, at = branch, error, step
-    notes = {"rank": float(rank), "svd_error": first / before, "error": least / before, "iteration": float(at)}
-    return best, weight - best.product(), notes
+    residual = weight - best.product()
+    notes = {
+        "rank": float(rank),
+        "svd_error": first / before,
+        "branch_error": least / before,
+        "iteration": float(at),
+        "gsr": grid_to_std(weight, spec),
+        "residual_gsr": grid_to_std(residual, spec),
+    }
+    return best, residual, notes
+
+
+def grid_to_std(weight: Float[Tensor, "O I"], spec: QuantSpec) -> float:
+    """Mean over rows of step / std, the step that of the row's largest magnitude (GSR of weights, FRTQ)."""
+    return float((weight.abs().amax(1) / spec.highest / weight.std(1).clamp(min=1e-12)).mean())
