@@ -7,7 +7,10 @@ from test_kernels import INPUTS, WEIGHTS, make
 import phasequant
 from phasequant.kernels.reference import Reference
 from phasequant.nn import quant_linears
+from phasequant.numerics import QuantSpec
 from phasequant.stream import BlockStream, Step
+from phasequant.weight import gptq
+from phasequant.weight.gptq import _Columns
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device that is visible")
 SMALL = ["calibration.sequences=2", "calibration.seqlen=32", "policy.name=budget", "storage.dtype=float32"]
@@ -53,3 +56,16 @@ def test_quantizing_there_gives_the_same_codes(name, saved, ids):
     tokens = there.model.generate(ids.cuda(), max_new_tokens=8, do_sample=False, pad_token_id=257)
     again = there.model.generate(ids.cuda(), max_new_tokens=8, do_sample=False, use_cache=False, pad_token_id=257)
     assert torch.equal(tokens, again)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, True, "channel", clip="mse"), QuantSpec.floating("nvfp4")], ids=str)
+def test_gptq_is_the_same_on_both(spec):
+    """Columns run as a captured graph there; sums in another order flip a code here and there, and what follows it."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(200, 320), torch.randn(2000, 320) @ torch.randn(320, 320)
+    hessian = x.T @ x
+    here, told = gptq(weight, hessian, spec)
+    there, found = gptq(weight.cuda(), hessian.cuda(), spec)
+    assert (there.codes.cpu() != here.codes).float().mean() < 0.02
+    assert found.error == pytest.approx(told.error, rel=0.01) and found.rung == told.rung
+    assert _Columns(8, 16, spec, torch.device("cuda")).graph is not None

@@ -59,26 +59,27 @@ def peer(folder: Path, grid: str) -> None:
 
 def ours(folder: Path, grid: str, sequential: str) -> None:
     """PhaseQuant."""
-    from phasequant import pipeline, text
+    from phasequant import pipeline, weight
     from phasequant.nn import quant_linears
     from phasequant.recipe import Recipe
     from phasequant.source import open_model
 
     tokens = load_file(folder / "tokens.safetensors")["calibration"]
-    recipe = Recipe.load(
-        "rtn",
-        [
-            *("weights.method=gptq", f"weights.clip={CLIPS[grid]}", f"weights.sequential={sequential}"),
-            *("activations.bits=16", "kv.bits=16"),
-        ],
-    )
-    text.cut = lambda *args, **options: tokens  # the very same tokens
-    pipeline.text.find = lambda *args: None
+    sets = ["weights.method=gptq", f"weights.clip={CLIPS[grid]}", f"weights.sequential={sequential}"]
+    recipe = Recipe.load("rtn", [*sets, "activations.bits=16", "kv.bits=16"])
+    spec = recipe.weights.spec()
+    assert spec is not None
     source = open_model(str(folder / "model"), "cpu")
     start = time.monotonic()
-    run = pipeline.run(source, recipe)
+    pipeline.observe_and_transform(source, recipe, raw=False, transformed=False, noise=False)
+    weight.quantize_weights(
+        weight.WeightTask(
+            source.model, source.map, spec, recipe.weights, recipe.lowrank, torch.float32, lambda _: {}, tokens,
+            source.device,
+        )
+    )  # fmt: skip
     seconds = time.monotonic() - start
-    weights = {n: m.dense_weight() for n, m in quant_linears(run.model)}
+    weights = {n: m.dense_weight() for n, m in quant_linears(source.model)}
     report(folder, f"ours-{grid}-{sequential}", seconds, weights)
 
 

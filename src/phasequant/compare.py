@@ -111,6 +111,16 @@ def _gsr(seen: Observations) -> tuple[float, dict[str, float]]:
     return fmean(g.gsr for g in seen.groups), groups
 
 
+def _weights_label(recipe: Recipe, run: Quantized) -> str:
+    """The weight methods of a row, with what did not go as asked."""
+    told = run.origin["weights"]
+    if told is None:
+        return ""
+    branch = "" if recipe.lowrank.method == "none" else f" + {recipe.lowrank.method}"
+    fallen = sum(entry["why"] is not None for entry in told["groups"])
+    return recipe.weights.method + branch + (f" ({fallen} groups fell back)" if fallen else "")
+
+
 class _Comparison:
     def __init__(self, source: Source, tokens: Any, rows: _Rows) -> None:
         self.source, self.tokens, self.rows = source, tokens, rows
@@ -160,7 +170,7 @@ class _Comparison:
                 "method": made.transform.method,
                 "policy": policy,
                 "bits": f"W{weights}A{low}",
-                "weights": recipe.weights.method,
+                "weights": _weights_label(recipe, run),
                 "a8_share": plans[policy].a8_share,
                 "figures": figures,
                 "gsr": gsr,

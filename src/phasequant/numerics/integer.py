@@ -24,6 +24,7 @@ from phasequant.numerics.spec import QuantSpec
 
 MSE_STEPS = 80  # ratios 1 - i/100, i = 0 … 79
 MSE_NORM = 2.4  # Σ |Q(w) - w|^2.4
+SEARCHED_AT_ONCE = 2**18  # values: the search's temporaries stay in a CPU's cache
 
 
 def to_groups(x: Float[Tensor, "*rows width"], spec: QuantSpec) -> Float[Tensor, "*shared G n"]:
@@ -77,13 +78,24 @@ def grid(
         return _range_to_grid(low * ratio, high * ratio, spec, peak)
     if spec.clip != "mse":
         return _range_to_grid(low * float(spec.clip), high * float(spec.clip), spec, peak)
+    rows = max(1, SEARCHED_AT_ONCE // grouped[0].numel()) if x.device.type == "cpu" else len(grouped)
+    parts = zip(grouped.split(rows), low.split(rows), high.split(rows), strict=True)
+    scales, zeros = zip(*(_searched(*part, spec, mse_step, peak) for part in parts), strict=True)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _searched(
+    grouped: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, mse_step: int, peak: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with the least Σ|Q(x)-x|^2.4, of every group."""
     best_scale, best_zero = _range_to_grid(low, high, spec, peak)
     best_error = torch.full_like(low, torch.inf)
     for step in range(0, MSE_STEPS, mse_step):
         fraction = 1.0 - step / 100
         scale, zero = _range_to_grid(low * fraction, high * fraction, spec, peak)
         rounded = _round_to_grid(grouped, scale[..., None], zero[..., None], spec).sub_(zero[..., None])
-        error = rounded.mul_(scale[..., None]).sub_(grouped).abs_().pow_(MSE_NORM).sum(-1)
+        error = rounded.mul_(scale[..., None]).sub_(grouped).abs_()
+        error = error.log2_().mul_(MSE_NORM).exp2_().sum(-1)  # less than half the time of pow
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

@@ -7,9 +7,10 @@ r"""A low-rank branch in 16 bits beside the codes, so that what is rounded has s
     tsvd    τ ← η·min(τ, rowmax|W - L|),  L ← SVD_r(W - clip(W - L, -τ, τ)): takes each row's peaks, slowly, which
             sets the row's step (FRTQ's tuned truncated SVD with ℓ∞ row updates, as its reviews describe it; η = 0.97)
 
-of all iterations the one with the least rounding error is kept. `weighting: hessian` measures all of this where the
-inputs are: with H = S·Sᵀ, SVD_r(M) becomes SVD_r(M·S)·S^{-1} and the error ‖E·S‖². A and B are rounded to their stored
-type before the residual W - B·A is formed, so that codes make up for it. All linears that read one input share A.
+of the iterations (tsvd: every fifth) the one with the least rounding error is kept. `weighting: hessian` measures all
+of this where the inputs are: with H = S·Sᵀ, SVD_r(M) becomes SVD_r(M·S)·S^{-1} and the error ‖E·S‖². A and B are
+rounded to their stored type before the residual W - B·A is formed, so that codes make up for it. All linears that read
+one input share A.
 
 Nothing is folded; online are r·(I + O) multiply-adds a token and linear group, beside I·O. A kernel reads x once for
 x·Aᵀ and for its codes, and adds (x·Aᵀ)·Bᵀ where it scales its integers (Nunchaku's fusion). The SVD of the first
@@ -27,6 +28,7 @@ from phasequant.numerics import QuantSpec, dequantize, quantize
 from phasequant.weight.codes import peak_of
 
 SPARE = 8  # directions more than the rank, so that subspace iteration finds the rank's
+LOOKS = 5  # tsvd: every so many steps the rounding error is looked at
 MSE_STEP = 4  # every fourth ratio of the clip search: the choice of an iteration needs no finer one
 
 
@@ -114,6 +116,8 @@ def split(
             peaks = shrink * torch.minimum(peaks, residual.abs().amax(1))
             branch = fitted(weight - residual.clamp(-peaks[:, None], peaks[:, None]))
         residual = weight - branch.product()
+        if method == "tsvd" and step % LOOKS and step != iterations:
+            continue
         made, error = rounded(residual)
         if error < least:
             best, least, at = branch, error, step
