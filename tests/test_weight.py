@@ -7,10 +7,10 @@ from conftest import CONFIGS
 import phasequant
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import quant_linears
-from phasequant.numerics import QuantSpec, fake_quantize, round_values
+from phasequant.numerics import QuantSpec, dequantize, fake_quantize, round_values
 from phasequant.recipe import Recipe
 from phasequant.weight import Moments, best_weights, gptq, round_to_nearest, shrunk
-from phasequant.weight.gptq import normalized
+from phasequant.weight.gptq import normalized, refit
 from phasequant.weight.lowrank import split
 
 GRIDS = [
@@ -73,6 +73,20 @@ def test_gptq_beats_rounding_to_nearest(problem, spec, order):
     assert output_error(weight, made.values(spec), hessian) < 0.65 * nearest
     same = round_to_nearest(weight, spec)
     assert torch.equal(made.scale, same.scale) and torch.equal(made.zero, same.zero)
+    more, told = gptq(weight, hessian, spec, order=order, rounds=8)
+    assert output_error(weight, more.values(spec), hessian) < 0.97 * output_error(weight, made.values(spec), hessian)
+    assert told.error < 0.97 * gptq(weight, hessian, spec, order=order)[1].error
+
+
+@pytest.mark.parametrize("spec", GRIDS, ids=str)
+def test_refitted_scales_are_the_least_squares_ones(problem, spec):
+    weight, hessian = problem
+    made, _ = gptq(weight, hessian, spec)
+    found = refit(weight, made.codes, made.scale, made.zero, hessian, spec)
+    best = output_error(weight, dequantize(made.codes, found, made.zero, spec), hessian)
+    assert best <= output_error(weight, made.values(spec), hessian)
+    for factor in (0.999, 1.001):
+        assert output_error(weight, dequantize(made.codes, found * factor, made.zero, spec), hessian) > best
 
 
 def test_activation_order_helps_and_is_stored_unpermuted(problem):

@@ -4,7 +4,7 @@
 
 Every row quantizes a copy of SmolLM2 (QuaRot's rotations unless the row says otherwise) and reads it with 16-bit
 activations and KV (W4A16), with A8KV4, and with A4 at clip 0.9, KV in 16 and in 4 bits. Rows whose Hessian is made of
-rounded inputs see A4 at clip 0.9 and KV4. Calibration: `--sequences` × 2048 tokens. Finished rows are kept in
+rounded inputs see A4 at clip 0.9 and KV4; FP4 rows have FP4 and FP8 in place of A4 and A8. Calibration: `--sequences` × 2048 tokens. Finished rows are kept in
 OUTPUT/ladder.json and not repeated; `--list` prints the rows. About 8 minutes a row on one core at 16 sequences.
 """
 
@@ -33,43 +33,46 @@ GRIDS = {
     "W4A4KV4": (QuantSpec(4, clip=0.9), True),
 }
 GPTQ = ["weights.method=gptq"]
-R32 = [*GPTQ, "lowrank.rank=32"]
-GROUP = ["weights.granularity=group"]
-OUT = [*GPTQ, "weights.target=outputs"]
+PLAIN = [*GPTQ, "weights.rounds=0", "weights.target=weights"]
+ROUNDED = [*GPTQ, "weights.hessian=rounded"]
+GROUP = [*GPTQ, "weights.granularity=group"]
+BLIND = ["lowrank.weighting=none"]
 ROWS: dict[str, tuple[str, list[str]]] = {
     "rtn": ("quarot", []),
+    "gptq, plain": ("quarot", PLAIN),
+    "gptq, plain, natural order": ("quarot", [*PLAIN, "weights.order=natural"]),
+    "gptq, plain, no clip search": ("quarot", [*PLAIN, "weights.clip=none"]),
+    "gptq, plain, rounded": ("quarot", [*PLAIN, "weights.hessian=rounded"]),
+    "gptq, plain, mixed": ("quarot", [*PLAIN, "weights.hessian=mixed"]),
+    "gptq, plain + rounds": ("quarot", [*GPTQ, "weights.target=weights"]),
+    "gptq, plain + outputs": ("quarot", [*GPTQ, "weights.rounds=0"]),
     "gptq": ("quarot", GPTQ),
-    "gptq, natural order": ("quarot", [*GPTQ, "weights.order=natural"]),
     "gptq, one pass a block": ("quarot", [*GPTQ, "weights.sequential=false"]),
-    "gptq, no clip search": ("quarot", [*GPTQ, "weights.clip=none"]),
-    "gptq, asymmetric": ("quarot", [*GPTQ, "weights.symmetric=false"]),
-    "gptq, group 64": ("quarot", [*GPTQ, *GROUP, "weights.group_size=64"]),
-    "gptq, group 32": ("quarot", [*GPTQ, *GROUP, "weights.group_size=32"]),
     "gptq, damping 0.001": ("quarot", [*GPTQ, "weights.damping=0.001"]),
     "gptq, damping 0.1": ("quarot", [*GPTQ, "weights.damping=0.1"]),
-    "gptq, rounded": ("quarot", [*GPTQ, "weights.hessian=rounded"]),
+    "gptq, rounded": ("quarot", ROUNDED),
     "gptq, mixed": ("quarot", [*GPTQ, "weights.hessian=mixed"]),
-    "gptq, outputs": ("quarot", OUT),
-    "gptq, outputs, damping 0.1": ("quarot", [*OUT, "weights.damping=0.1"]),
-    "gptq, rounded, outputs": ("quarot", [*OUT, "weights.hessian=rounded"]),
-    "gptq, mixed, outputs": ("quarot", [*OUT, "weights.hessian=mixed"]),
-    "gptq, rounded, outputs, damping 0.1": ("quarot", [*OUT, "weights.hessian=rounded", "weights.damping=0.1"]),
-    "svd 32 + gptq": ("quarot", [*R32, "lowrank.method=svd"]),
-    "loftq 32 + gptq": ("quarot", [*R32, "lowrank.method=loftq"]),
-    "tsvd 32 + gptq": ("quarot", [*R32, "lowrank.method=tsvd"]),
-    "svd 32 + rtn": ("quarot", ["lowrank.method=svd"]),
-    "loftq 32 + rtn": ("quarot", ["lowrank.method=loftq"]),
-    "tsvd 32 + rtn": ("quarot", ["lowrank.method=tsvd"]),
-    "svd 32 + rtn, blind": ("quarot", ["lowrank.method=svd", "lowrank.weighting=none"]),
-    "loftq 32 + rtn, blind": ("quarot", ["lowrank.method=loftq", "lowrank.weighting=none"]),
-    "tsvd 32 + rtn, blind": ("quarot", ["lowrank.method=tsvd", "lowrank.weighting=none"]),
-    "tsvd 32 + gptq, branch reads rounded": ("quarot", [*R32, "lowrank.method=tsvd", "lowrank.input=rounded"]),
+    "gptq, asymmetric": ("quarot", [*GPTQ, "weights.symmetric=false"]),
+    "gptq, group 64": ("quarot", [*GROUP, "weights.group_size=64"]),
+    "gptq, group 32": ("quarot", [*GROUP, "weights.group_size=32"]),
+    **{
+        f"{method} {rank} + {codes}": ("quarot", [*sets, f"lowrank.method={method}", f"lowrank.rank={rank}"])
+        for rank in (32, 64)
+        for codes, sets in {"gptq": GPTQ, "rtn": [], "rtn, blind": BLIND}.items()
+        for method in ("svd", "loftq", "tsvd")
+    },
+    "tsvd 32 + gptq, branch reads rounded": (
+        "quarot",
+        [*GPTQ, "lowrank.method=tsvd", "lowrank.rank=32", "lowrank.input=rounded"],
+    ),
+    "none: gptq": ("rtn", GPTQ),
+    "smooth 0.25: gptq": ("smooth", [*GPTQ, "transform.alpha=0.25"]),
     "online: rtn": ("quarot-online", []),
     "online: gptq": ("quarot-online", GPTQ),
-    "online: gptq, rounded, outputs": ("quarot-online", [*OUT, "weights.hessian=rounded"]),
     "wush: rtn": ("wush", []),
     "wush: gptq": ("wush", GPTQ),
-    "wush: gptq, rounded, outputs": ("wush", [*OUT, "weights.hessian=rounded"]),
+    "nvfp4": ("nvfp4", []),
+    "mxfp4": ("mxfp4", []),
 }
 
 
@@ -113,13 +116,21 @@ def main() -> None:
             continue
         recipe, sets = ROWS[name]
         overrides = [
-            *("activations.clip=0.9", f"calibration.text={options.calib}"),
-            *(f"weights.sequences={options.sequences}", "learning.sequences=16", "learning.seqlen=512", *sets),
+            *(
+                f"calibration.text={options.calib}",
+                f"weights.sequences={options.sequences}",
+                "learning.sequences=16",
+                "learning.seqlen=512",
+            ),
+            *sets,
         ]
         wanted = Recipe.load(recipe, overrides)
         run = pipeline.run(replace(source, model=copy.deepcopy(source.model)), wanted)
         grids = GRIDS if wanted.weights.hessian == "full" else {k: v for k, v in GRIDS.items() if "A4" in k}
-        scores, _ = score({g: partial(reading, run, *GRIDS[g]) for g in grids}, chunks)
+        if wanted.activations.format != "int":
+            own = {"W4A8KV4": "fp8", "W4A4": wanted.activations.format, "W4A4KV4": wanted.activations.format}
+            grids = {g: (QuantSpec.floating(own[g]) if g in own else spec, kv) for g, (spec, kv) in grids.items()}
+        scores, _ = score({g: partial(reading, run, *grids[g]) for g in grids}, chunks)
         told = run.origin["weights"]
         errors = [entry["error"] for entry in told["groups"] if entry["error"] is not None]
         row = {

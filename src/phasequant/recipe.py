@@ -136,10 +136,14 @@ class WeightsPart(_Part):
         "full", description="gptq: from inputs in 16 bits, as their grid rounds them, or the mean of both"
     )
     target: Literal["weights", "outputs"] = Field(
-        "weights", description="gptq: stay near the weights, or give the 16-bit model's outputs (one solve more)"
+        "outputs",
+        description="gptq: stay near the weights, or give the 16-bit model's outputs (a second pass, a solve)",
     )
     damping: Annotated[float, Field(gt=0.0)] = Field(
         0.01, description="gptq: added to the diagonal, in units of its mean; raised where that does not do"
+    )
+    rounds: Annotated[int, Field(ge=0)] = Field(
+        6, description="gptq: how many other scales are tried for each row: four stretched ones, then refitted ones"
     )
     sequential: bool = Field(
         True, description="gptq: every group sees the block's groups before it quantized; false: one pass a block"

@@ -10,6 +10,8 @@ are untied first, always: the head absorbs the final norm's gain and must not dr
 rounded once, to fp32 (or kept, for fp64 models). Embedding and head stay in the model's type.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from phasequant.stream import resident
 from phasequant.transform.contract import BlockTransform, Transform
 
 WORK = torch.float64
+ROWS = 4096  # of embeddings and head at once
 Dense = tuple[Tensor, Tensor | None]
 
 
@@ -43,6 +46,12 @@ def _weight_in(weight: Tensor, gain: Tensor | None, rotation: LinearMap | None) 
     if gain is not None:
         weight = weight * gain.to(weight)
     return weight if rotation is None else rotation.apply(weight)
+
+
+def _by_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Change a large matrix in place, in fp64, some rows at a time."""
+    for rows in weight.split(ROWS):
+        rows.copy_(change(rows.to(WORK)))
 
 
 def _write(dense: Dense, out: LinearMap) -> Dense:
@@ -135,8 +144,7 @@ def apply(
     head = model.get_submodule(family.head)
     stored = stored or embeddings.weight.dtype
     if transform.residual is not None:
-        rotated = transform.residual.apply(embeddings.weight.to(WORK))
-        embeddings.weight.data = rotated.to(embeddings.weight.dtype)
+        _by_rows(embeddings.weight.data, transform.residual.apply)
     with progress(f"transform ({transform.method})", model_map.shape.blocks) as tick:
         for index in model_map.blocks:
             block = model.get_submodule(model_map.block_name(index))
@@ -155,4 +163,5 @@ def apply(
         norm = model.get_submodule(family.final_norm).get_parameter("weight")
         gain = norm.detach().to(WORK, copy=True)
         norm.data.fill_(1.0)
-    head.weight.data = _weight_in(head.weight.to(WORK), gain, transform.residual).to(head.weight.dtype)
+    if gain is not None or transform.residual is not None:
+        _by_rows(head.weight.data, lambda rows: _weight_in(rows, gain, transform.residual))

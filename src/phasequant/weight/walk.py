@@ -270,7 +270,14 @@ def _codes(
         made, told = round_to_nearest(weight, task.spec, clips), Told("rtn")
     else:
         made, told = gptq(
-            weight, moments.hessian, task.spec, clips, damping=part.damping, order=part.order, place=place
+            weight,
+            moments.hessian,
+            task.spec,
+            clips,
+            damping=part.damping,
+            order=part.order,
+            rounds=part.rounds,
+            place=place,
         )
     told.notes |= notes
     return branch, made, told
