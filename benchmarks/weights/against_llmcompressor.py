@@ -25,10 +25,14 @@ from safetensors.torch import load_file, save_file
 CLIPS = {"minmax": "0.9333333333333333", "mse": "mse"}
 
 
-def report(folder: Path, name: str, seconds: float, weights: dict[str, torch.Tensor]) -> None:
-    """What a child leaves: its weights, seconds and peak memory."""
+def peak_so_far() -> int:
+    """The process's largest resident memory, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report(folder: Path, name: str, seconds: float, peak: int, weights: dict[str, torch.Tensor]) -> None:
+    """What a child leaves: its weights, and seconds and peak memory of quantizing."""
     save_file({k: v.float().contiguous() for k, v in weights.items()}, folder / f"{name}.safetensors")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (folder / f"{name}.json").write_text(json.dumps({"seconds": seconds, "peak_bytes": peak}))
 
 
@@ -52,12 +56,20 @@ def peer(folder: Path, grid: str) -> None:
         model=model, dataset=Dataset.from_dict(rows), recipe=recipe, max_seq_length=tokens.shape[1],
         num_calibration_samples=len(tokens), shuffle_calibration_samples=False,
     )  # fmt: skip
-    seconds = time.monotonic() - start
+    seconds, peak = time.monotonic() - start, peak_so_far()
     names = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    report(folder, f"peer-{grid}", seconds, {n: model.get_submodule(n).weight.data for n in names})
+    report(folder, f"peer-{grid}", seconds, peak, {n: model.get_submodule(n).weight.data for n in names})
 
 
-def ours(folder: Path, grid: str, sequential: str) -> None:
+WAYS = {
+    "plain": ["weights.sequential=false", "weights.target=weights", "weights.rounds=0"],
+    "sequential": ["weights.target=weights", "weights.rounds=0"],
+    "rounds": ["weights.sequential=false", "weights.target=weights"],
+    "default": [],
+}
+
+
+def ours(folder: Path, grid: str, way: str) -> None:
     """PhaseQuant."""
     from phasequant import pipeline, weight
     from phasequant.nn import quant_linears
@@ -65,7 +77,7 @@ def ours(folder: Path, grid: str, sequential: str) -> None:
     from phasequant.source import open_model
 
     tokens = load_file(folder / "tokens.safetensors")["calibration"]
-    sets = ["weights.method=gptq", f"weights.clip={CLIPS[grid]}", f"weights.sequential={sequential}"]
+    sets = ["weights.method=gptq", f"weights.clip={CLIPS[grid]}", *WAYS[way]]
     recipe = Recipe.load("rtn", [*sets, "activations.bits=16", "kv.bits=16"])
     spec = recipe.weights.spec()
     assert spec is not None
@@ -78,9 +90,9 @@ def ours(folder: Path, grid: str, sequential: str) -> None:
             source.device,
         )
     )  # fmt: skip
-    seconds = time.monotonic() - start
+    seconds, peak = time.monotonic() - start, peak_so_far()
     weights = {n: m.dense_weight() for n, m in quant_linears(source.model)}
-    report(folder, f"ours-{grid}-{sequential}", seconds, weights)
+    report(folder, f"ours-{grid}-{way}", seconds, peak, weights)
 
 
 def errors(folder: Path, names: list[str]) -> dict[str, dict[str, list[float]]]:
@@ -148,7 +160,7 @@ def main() -> None:
         del source
     threads = str(torch.get_num_threads())
     runs = [(options.peer, ["peer", grid]) for grid in CLIPS]
-    runs += [(Path(sys.executable), ["ours", grid, way]) for grid in CLIPS for way in ("true", "false")]
+    runs += [(Path(sys.executable), ["ours", grid, way]) for grid in CLIPS for way in WAYS]
     for python, child in runs:
         if not (folder / f"{'-'.join(child)}.json").exists():
             print(f"{' '.join(child)} …", flush=True)

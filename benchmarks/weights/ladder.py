@@ -4,8 +4,9 @@
 
 Every row quantizes a copy of SmolLM2 (QuaRot's rotations unless the row says otherwise) and reads it with 16-bit
 activations and KV (W4A16), with A8KV4, and with A4 at clip 0.9, KV in 16 and in 4 bits. Rows whose Hessian is made of
-rounded inputs see A4 at clip 0.9 and KV4; FP4 rows have FP4 and FP8 in place of A4 and A8. Calibration: `--sequences` × 2048 tokens. Finished rows are kept in
-OUTPUT/ladder.json and not repeated; `--list` prints the rows. About 8 minutes a row on one core at 16 sequences.
+rounded inputs see A4 at clip 0.9 and KV4; FP4 rows have FP4 and FP8 in place of A4 and A8. Calibration: `--sequences` ×
+2048 tokens. Finished rows are kept in OUTPUT and not repeated; `--list` prints the rows. About 10 minutes a row on one
+core at 16 sequences.
 """
 
 import argparse
