@@ -161,3 +161,15 @@ def test_what_learning_took_is_said(tmp_path):
     page = write_page(make_report(learning=cost), tmp_path).read_text()
     assert "took 21.7 s, 7.23 s a block, with 3.00 GiB" in page and "20 %" in page
     assert "took" not in write_page(make_report(), tmp_path).read_text()
+
+
+def test_how_weights_were_rounded_is_said(tmp_path):
+    entry = {"rung": "gptq", "why": None, "error": 0.004, "dead": 0, "notes": {"rank": 32.0}}
+    groups = [{"block": b, "group": g, **entry} for b in range(BLOCKS) for g in ("qkv", "down")]
+    groups[3] |= {"rung": "rtn", "why": "the Hessian is not finite", "error": None, "dead": 2}
+    weights = {"method": "gptq", "lowrank": "tsvd", "branch_macs": 12345, "seconds": 8.0, "peak_bytes": 2**30,
+               "groups": groups}  # fmt: skip
+    page = write_page(make_report(weights=weights), tmp_path).read_text()
+    assert "Method gptq + tsvd: 8.0 s, at most 1.00 GiB" in page and "12,345 multiply-adds" in page
+    assert "0.400 %" in page and "block 1, down: rtn, because the Hessian is not finite" in page
+    assert "How the weights were rounded" not in write_page(make_report(), tmp_path).read_text()

@@ -5,6 +5,7 @@ import torch
 from conftest import CONFIGS
 
 import phasequant
+from phasequant import pipeline
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import quant_linears
 from phasequant.numerics import QuantSpec, dequantize, fake_quantize, round_values
@@ -389,3 +390,24 @@ def test_wrong_keys_are_told(override, message):
 def test_a_branch_needs_codes():
     with pytest.raises(PhaseQuantError, match="lowrank goes beside codes"):
         Recipe.load("16bit", ["lowrank.method=svd"])
+
+
+def test_codes_from_rounded_inputs_see_the_plan(tiny, text_file):
+    """What is raised to 8 bits gives another Hessian, and so other codes; with full inputs the plan changes nothing."""
+    codes = {}
+    for hessian in ("full", "rounded"):
+        for policy in ("uniform", "paper"):
+            recipe = recipe_of(text_file, weights={"hessian": hessian}, policy={"name": policy})
+            assert pipeline.sees_plan(recipe) == (hessian == "rounded")
+            run = phasequant.quantize(tiny("llama"), recipe)
+            codes[hessian, policy] = run.model.get_submodule("model.layers.1.mlp.down_proj").weight_packed
+    assert torch.equal(codes["full", "uniform"], codes["full", "paper"])
+    assert not torch.equal(codes["rounded", "uniform"], codes["rounded", "paper"])
+
+
+def test_branches_are_counted(tiny):
+    model_map = tiny("llama").map
+    recipe = Recipe.load("frtq-tsvd", ["lowrank.rank=4", "lowrank.ranks={o: 0}"])
+    groups = [g for g in model_map.groups if g.name != "o"]
+    wanted = sum(4 * (model_map.width_in(g.name) + model_map.width_out(g.name)) for g in groups) * 3
+    assert pipeline.branch_macs(recipe, model_map) == wanted

@@ -179,7 +179,8 @@ class _Comparison:
                 "seconds": made.cost["seconds"],
                 "peak_bytes": made.cost["peak_bytes"],
                 "seconds_per_block": made.cost["seconds_per_block"],
-                "online_macs": made.transform.online_macs(self.source.map, recipe.kv.bits < FULL),
+                "online_macs": made.transform.online_macs(self.source.map, recipe.kv.bits < FULL)
+                + pipeline.branch_macs(recipe, self.source.map),
                 "macs_total": self.source.map.macs_total,
                 "weight_bytes": weight_bytes(run.model),
                 "kv_bytes_per_token": kv_bytes_per_token(run.model, self.source.map),

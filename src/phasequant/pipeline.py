@@ -309,7 +309,23 @@ def _quantize_weights(source: Source, recipe: Recipe, spec: QuantSpec, chosen: T
             )
         )
     digest = None if tokens is None else text.digest(tokens)
-    return {"method": part.method, "tokens_sha256": digest, **cost.to_dict(), "groups": told}
+    return {
+        "method": part.method,
+        "lowrank": recipe.lowrank.method,
+        "branch_macs": branch_macs(recipe, source.map),
+        "tokens_sha256": digest,
+        **cost.to_dict(),
+        "groups": told,
+    }
+
+
+def branch_macs(recipe: Recipe, model_map: ModelMap) -> int:
+    """Multiply-adds a token of all low-rank branches, where the linears of a group share x·Aᵀ."""
+    macs = 0
+    for group in model_map.groups:
+        rank = recipe.lowrank.rank_of(group.name)
+        macs += rank * (model_map.width_in(group.name) + model_map.width_out(group.name))
+    return macs * model_map.shape.blocks
 
 
 def _online_layout(model: PreTrainedModel, model_map: ModelMap) -> dict[str, dict[str, Any]]:
@@ -336,8 +352,9 @@ def check_plan(plan: PrecisionPlan, recipe: Recipe, source: Source) -> None:
 
 
 def sees_plan(recipe: Recipe) -> bool:
-    """Whether the recipe's transform, or its clips, are learned for the bits that a plan gives."""
-    return transform.METHODS[recipe.transform.method].sees_plan or bool(recipe.learned_clips)
+    """Whether the recipe's transform, its clips or its weights' codes are found for the bits that a plan gives."""
+    codes = recipe.weights.bits < 16 and recipe.weights.method == "gptq" and recipe.weights.hessian != "full"
+    return transform.METHODS[recipe.transform.method].sees_plan or bool(recipe.learned_clips) or codes
 
 
 def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, PrecisionPlan]:

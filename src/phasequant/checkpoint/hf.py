@@ -1,6 +1,6 @@
 """PhaseQuant as a quantization method of Transformers: registered on import, no model patched.
 
-`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 2, "layout": {…}}`. Loading lays
+`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 3, "layout": {…}}`. Loading lays
 out empty `QuantLinear`s and KV quantizers on the meta device and lets Transformers fill them. A layout of a newer
 format is refused. Saving hands over codes as they are and dense tensors in the checkpoint's 16-bit type.
 """
@@ -23,7 +23,8 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn import ModelLayout, lay_out, quant_linears
 
 METHOD = "phasequant"
-FORMAT = 2
+FORMAT = 3
+READS = (2, 3)  # 3 added low-rank branches and floating-point grids
 
 
 class PhaseQuantConfig(QuantizationConfigMixin):
@@ -32,9 +33,9 @@ class PhaseQuantConfig(QuantizationConfigMixin):
     def __init__(self, layout: dict[str, Any], dtype: str, format: int = FORMAT, **unknown: Any) -> None:
         """`layout`: `ModelLayout.to_dict()`; `dtype`: of what is not quantized."""
         unknown.pop("quant_method", None)
-        if format != FORMAT:
+        if format not in READS:
             raise PhaseQuantError(
-                f"the checkpoint has format {format}, and this phasequant reads format {FORMAT}: "
+                f"the checkpoint has format {format}, and this phasequant reads formats {READS[0]} to {READS[-1]}: "
                 "install the version that wrote it (its manifest.json says which)"
             )
         if unknown:

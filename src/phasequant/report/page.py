@@ -319,7 +319,8 @@ def weights_row(weights: Json | None) -> Json | None:
             }
         )
     return {
-        "method": weights["method"],
+        "method": weights["method"] + ("" if weights["lowrank"] == "none" else f" + {weights['lowrank']}"),
+        "branch": f"{weights['branch_macs']:,}" if weights["branch_macs"] else "",
         "seconds": f"{weights['seconds']:.1f}",
         "peak": f"{weights['peak_bytes'] / 2**30:.2f}",
         "rows": rows,
