@@ -5,15 +5,17 @@ r"""What the weight methods know of an input: H = Σ_t x_t·x_tᵀ, and where th
     hessian: mixed     the mean of both
 
 Where weights shall give the 16-bit model's *outputs* (target: outputs), its own input u at the same place is kept too,
-C = Σ_t u_t·x_tᵀ, and the weights that do that best before any rounding are
+C = Σ_t u_t·x_tᵀ with G = Σ_t x_t·x_tᵀ of the x before rounding, and the weights that do that best are
 
-    W* = argmin ‖W·U - W*·X‖² + λ‖W* - W‖² = W + W·(C - H)·(H + λI)^{-1},     ‖W·U - Ŵ·X‖² = ‖(W* - Ŵ)·X‖² + const
+    W* = argmin ‖W·U - W*·X‖² + λ‖W* - W‖² = W + W·(C - G)·(G + λI)^{-1},     ‖W·U - Ŵ·X‖² = ‖(W* - Ŵ)·X‖² + const
 
-so that quantizing W* with H makes up for what rounding did to x here and in all blocks before (the aim of GPTAQ,
-arXiv 2504.02692, and Qronos, arXiv 2505.11695, here by one solve). λ is the damping, in units of H's mean diagonal.
+so that quantizing W* with H makes up for what quantizing did to x in all blocks before (the aim of GPTAQ, arXiv
+2504.02692, and Qronos, arXiv 2505.11695, here by one solve). λ is the damping, in units of G's mean diagonal. The
+rounding of x itself is left out of C and G: it is noise, against which least squares shrinks the weights, and a shrunk
+model was worse (LOG.md).
 
 `shrunk` is for inputs that few tokens reach (an expert of a mixture): their H is drawn to that of all tokens.
-Memory: one or two I × I matrices, fp32.
+Memory: one to three I × I matrices, fp32.
 """
 
 import torch
@@ -31,6 +33,7 @@ class Moments:
         self.kind = kind
         self.hessian = torch.zeros(width, width, device=device)
         self.cross = torch.zeros(width, width, device=device) if cross else None
+        self.plain = self.hessian if kind == "full" or not cross else torch.zeros_like(self.hessian)
         self.tokens = 0
 
     def add(
@@ -42,11 +45,12 @@ class Moments:
         if self.kind == "mixed" and spec is not None:
             seen.append(x)
         for one in seen:
-            scaled = one / len(seen)
-            self.hessian.addmm_(scaled.T, one)
-            if self.cross is not None:
-                assert original is not None
-                self.cross.addmm_(original.float().T, scaled)
+            self.hessian.addmm_((one / len(seen)).T, one)
+        if self.cross is not None:
+            assert original is not None
+            self.cross.addmm_(original.float().T, x)
+            if self.plain is not self.hessian:
+                self.plain.addmm_(x.T, x)
         self.tokens += len(x)
 
 
@@ -56,10 +60,10 @@ def best_weights(
     """W*, or W itself where there is no C or the solve is not finite. `strength` scales the step from W."""
     if moments.cross is None:
         return weight
-    hessian, _ = normalized(moments.hessian)
-    mean = moments.hessian.diagonal()[moments.hessian.diagonal() > 0].mean()
+    hessian, _ = normalized(moments.plain)
+    mean = moments.plain.diagonal()[moments.plain.diagonal() > 0].mean()
     hessian.diagonal().add_(damping)
-    shift = weight @ ((moments.cross - moments.hessian) / mean)
+    shift = weight @ ((moments.cross - moments.plain) / mean)
     lower, info = torch.linalg.cholesky_ex(hessian)
     if int(info) or not bool(torch.isfinite(shift).all()):
         return weight
