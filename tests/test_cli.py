@@ -199,7 +199,8 @@ def test_a_disk_that_fills_up_leaves_nothing(saved, tmp_path):
 def test_interrupt_leaves_nothing(saved, tmp_path):
     command = [sys.executable, "-m", "phasequant.cli", "analyze", str(saved("llama")), "-o", str(tmp_path / "out")]
     command += ["--set", "calibration.sequences=400", "--set", "calibration.seqlen=512"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     assert process.stderr is not None
     begun = next(line for line in process.stderr if "observe" in line)  # imports done, well inside the sweep
     process.send_signal(signal.SIGINT)
