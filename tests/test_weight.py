@@ -411,3 +411,30 @@ def test_branches_are_counted(tiny):
     groups = [g for g in model_map.groups if g.name != "o"]
     wanted = sum(4 * (model_map.width_in(g.name) + model_map.width_out(g.name)) for g in groups) * 3
     assert pipeline.branch_macs(recipe, model_map) == wanted
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_target_is_the_16_bit_models(sequential, tiny, text_file, monkeypatch):
+    """`target: outputs` compares with hidden states that no quantized block has touched."""
+    from phasequant import text
+    from phasequant.weight import walk
+
+    seen = {}
+    true = walk._moments
+
+    def spy(task, block, twin, groups, hidden, original, *rest):
+        seen[len(seen)] = (list(hidden), list(original))
+        return true(task, block, twin, groups, hidden, original, *rest)
+
+    monkeypatch.setattr(walk, "_moments", spy)
+    source = tiny("llama")
+    tokens = text.cut(text.find(str(text_file), "calibration"), source.tokenizer, 64, 4)
+    with torch.no_grad():
+        wanted = [source.model(row[None], output_hidden_states=True).hidden_states[2][0] for row in tokens]
+    weights = {"hessian": "rounded", "sequential": sequential}
+    recipe = recipe_of(text_file, weights=weights, transform={"method": "none"}, storage={"dtype": "float32"})
+    phasequant.quantize(tiny("llama"), recipe)
+    hidden, original = seen[8 if sequential else 2]
+    assert len(seen) == (12 if sequential else 3)
+    torch.testing.assert_close(original, wanted, rtol=1e-4, atol=1e-4)
+    assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(hidden, wanted, strict=True))

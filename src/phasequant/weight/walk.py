@@ -64,9 +64,15 @@ class _Reached(Exception):
 
 
 def group_inputs(
-    block: nn.Module, names: Sequence[str], hidden: Sequence[Tensor], arguments: Mapping[str, Any], device: torch.device
+    block: nn.Module,
+    names: Sequence[str],
+    hidden: Sequence[Tensor],
+    arguments: Mapping[str, Any],
+    device: torch.device,
+    outputs: list[Tensor] | None = None,
 ) -> Iterator[dict[str, Float[Tensor, "T I"]]]:
-    """For every sequence, what the linears `names` read, before it is rounded; the block runs only as far as needed."""
+    """For every sequence, what the linears `names` read, before it is rounded. The block runs only as far as needed, or
+    to its end where its `outputs` are wanted."""
     seen: dict[str, Tensor] = {}
     hooks = []
 
@@ -80,11 +86,15 @@ def group_inputs(
         return hook
 
     for name in names:
-        hooks.append(block.get_submodule(name).register_forward_pre_hook(keep(name, name == names[-1])))
+        hooks.append(
+            block.get_submodule(name).register_forward_pre_hook(keep(name, name == names[-1] and outputs is None))
+        )
     try:
         for row in hidden:
             with torch.no_grad(), suppress(_Reached):
-                block(row.to(device)[None], **arguments)
+                y = block(row.to(device)[None], **arguments)
+                if outputs is not None:
+                    outputs.append((y[0] if isinstance(y, tuple) else y)[0].to(row.device))
             yield dict(seen)
             seen.clear()
     finally:
@@ -148,8 +158,10 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
             arguments = stream.arguments[step.index]
             twin = _sixteen_bit_twin(step.block, task) if part.target == "outputs" else None
             made: list[_Made] = []
+            twins_outputs: list[Tensor] = []
             for groups in rounds:
-                moments = _moments(task, step.block, twin, groups, stream.hidden, original, arguments)
+                last = twins_outputs if groups is rounds[-1] else None
+                moments = _moments(task, step.block, twin, groups, stream.hidden, original, arguments, last)
                 for group in groups:
                     found = _quantize_group(task, step.block, step.index, group, moments.pop(group.name))
                     found.show(task.spec)
@@ -159,13 +171,7 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
             for found in made:
                 found.settle(task.spec)
             if twin is not None:
-                original = [_run(twin, row, arguments, task.device) for row in original]
-
-
-def _run(block: nn.Module, row: Tensor, arguments: Mapping[str, Any], device: torch.device) -> Tensor:
-    y = block(row.to(device)[None], **arguments)
-    found: Tensor = (y[0] if isinstance(y, tuple) else y)[0]
-    return found.to(row.device)
+                original = twins_outputs
 
 
 def _sixteen_bit_twin(block: nn.Module, task: WeightTask) -> nn.Module:
@@ -186,8 +192,9 @@ def _moments(
     hidden: Sequence[Tensor],
     original: Sequence[Tensor],
     arguments: Mapping[str, Any],
+    twins_outputs: list[Tensor] | None,
 ) -> dict[str, Moments]:
-    """Moments of some groups' inputs over all sequences."""
+    """Moments of some groups' inputs over all sequences; the twin's outputs on the way, where they are wanted."""
     found = {
         g.name: Moments(task.map.width_in(g.name), task.device, task.part.hessian, twin is not None) for g in groups
     }
@@ -195,7 +202,7 @@ def _moments(
     ours = group_inputs(block, names, hidden, arguments, task.device)
     theirs: Iterator[dict[str, Tensor]] | None = None
     if twin is not None:
-        theirs = group_inputs(twin, names, original, arguments, task.device)
+        theirs = group_inputs(twin, names, original, arguments, task.device, twins_outputs)
     for seen in ours:
         other = next(theirs) if theirs is not None else None
         for group in groups:
