@@ -8,7 +8,6 @@ recipes NAME` prints the whole of one, with a comment on every key: the descript
 """
 
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.numerics import QuantSpec
+from phasequant.presets import merge, parts, presets, read, resolve
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -371,18 +371,18 @@ class Recipe(_Part):
     @classmethod
     def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
         """A preset by name or a YAML file, with `a.b=c` overrides."""
-        values = _resolve(_read(str(name)))
-        for override in overrides:
-            _override(values, override)
+        values = resolve(read(str(name)))
+        for text in overrides:
+            override(values, text)
         return cls.from_dict(values)
 
     def with_(self, *overrides: str, **parts: Mapping[str, Any]) -> "Recipe":
         """A changed copy: `recipe.with_("weights.bits=8", kv={"bits": 16})`."""
         values = self.model_dump()
         for part, changes in parts.items():
-            _merge(values, {part: changes})
-        for override in overrides:
-            _override(values, override)
+            merge(values, {part: changes})
+        for text in overrides:
+            override(values, text)
         return self.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -445,83 +445,4 @@ def _explain(problem: Any) -> str:
     return f"recipe key '{path}' cannot be {given!r}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-# --- presets -----------------------------------------------------------------------------------------------------
-
-
-def _shelf(folder: str) -> dict[str, str]:
-    root = resources.files("phasequant") / "recipes"
-    root = root / folder if folder else root
-    return {p.name.removesuffix(".yaml"): p.read_text() for p in root.iterdir() if p.name.endswith(".yaml")}
-
-
-def presets() -> dict[str, str]:
-    """Name → one line on every preset."""
-    return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(_shelf("").items())}
-
-
-def parts() -> dict[str, str]:
-    """Name → one line on every part that recipes are composed of."""
-    return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(_shelf("parts").items())}
-
-
-def _read(name: str) -> dict[str, Any]:
-    shelf = {**_shelf("parts"), **_shelf("")}
-    path = Path(name).expanduser()
-    if name in shelf:
-        text = shelf[name]
-    elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PhaseQuantError(f"the recipe {name} cannot be read: {error}") from error
-    elif path.suffix in (".yaml", ".yml") or "/" in name:
-        raise PhaseQuantError(f"the recipe file '{name}' does not exist")
-    else:
-        raise PhaseQuantError(f"there is no recipe '{name}': {did_you_mean(name, _shelf(''))}; or give a YAML file")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PhaseQuantError(f"the recipe {name} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise PhaseQuantError(f"the recipe {name} must be a mapping of keys, not a {type(values).__name__}")
-    return values
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _resolve(values: dict[str, Any], depth: int = 0) -> dict[str, Any]:
-    """Apply `compose`: presets may compose parts, a user's file presets; no deeper."""
-    names = values.pop("compose", [])
-    if not isinstance(names, list):
-        raise PhaseQuantError("'compose' is a list of recipe names, as in compose: [w4, kv4]")
-    if names and depth > 1:
-        raise PhaseQuantError("recipes compose presets, and presets parts: no deeper")
-    merged: dict[str, Any] = {}
-    for name in names:
-        _merge(merged, _resolve(_read(str(name)), depth + 1))
-    _merge(merged, values)
-    return merged
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise PhaseQuantError(f"--set wants key=value, as in --set weights.bits=8, not '{text}'")
-    *parents, leaf = path.strip().split(".")
-    target = values
-    for parent in parents:
-        if not isinstance(target.setdefault(parent, {}), dict):
-            raise PhaseQuantError(f"--set {text}: '{parent}' is a value, not a part of the recipe")
-        target = target[parent]
-    try:
-        target[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise PhaseQuantError(f"--set {text}: the value is not valid YAML") from error
+__all__ = ["Recipe", "parts", "presets"]
