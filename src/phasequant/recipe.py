@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.numerics import QuantSpec
-from phasequant.presets import merge, parts, presets, read, resolve
+from phasequant.presets import merge, override, parts, presets, read, resolve
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
