@@ -120,8 +120,9 @@ def _put(block: nn.Module, name: str, weight: Tensor, bias: Tensor | None, onlin
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     kept = torch.promote_types(linear.weight.dtype, torch.float32)
+    own = linear.weight.data
     module = QuantLinear.dense(
-        weight.to(kept).contiguous(),
+        own.copy_(weight) if own.dtype == kept and own.is_contiguous() else weight.to(kept).contiguous(),
         bias.to(kept) if bias is not None else None,
         None if online is None else OnlineMap.of(online, kept),
     )
