@@ -48,6 +48,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "gptq, plain + rounds": ("quarot", [*GPTQ, "weights.target=weights"]),
     "gptq, plain + outputs": ("quarot", [*GPTQ, "weights.rounds=0"]),
     "gptq": ("quarot", GPTQ),
+    "gptq, 8 rounds": ("quarot", [*GPTQ, "weights.rounds=8"]),
     "gptq, one pass a block": ("quarot", [*GPTQ, "weights.sequential=false"]),
     "gptq, damping 0.001": ("quarot", [*GPTQ, "weights.damping=0.001"]),
     "gptq, damping 0.1": ("quarot", [*GPTQ, "weights.damping=0.1"]),

@@ -143,7 +143,7 @@ class WeightsPart(_Part):
         0.01, description="gptq: added to the diagonal, in units of its mean; raised where that does not do"
     )
     rounds: Annotated[int, Field(ge=0)] = Field(
-        6, description="gptq: how many other scales are tried for each row: four stretched ones, then refitted ones"
+        4, description="gptq: how many other scales are tried for each row: four stretched ones, then refitted ones"
     )
     sequential: bool = Field(
         True, description="gptq: every group sees the block's groups before it quantized; false: one pass a block"

@@ -39,6 +39,7 @@ from phasequant.weight.codes import Told, WeightCodes, peak_of
 
 BLOCK = 128
 STRETCHES = (1.1, 0.9, 1.05, 0.95)  # of each row's scales, tried one after the other
+COARSE = 4  # every fourth ratio of the clip search, where other scales are tried anyway
 RUNGS = 4  # dampings: λ, 10λ, 100λ, 1000λ
 
 
@@ -219,7 +220,7 @@ def gptq(
         bad = int((~torch.isfinite(weight)).sum())
         raise PhaseQuantError(f"{place} has {bad} values that are not finite: the model is damaged, or its transform")
     peak = peak_of(weight, spec)
-    scale, zero = grid(weight, spec, clips, peak=peak) if scales is None else scales
+    scale, zero = grid(weight, spec, clips, COARSE if rounds else 1, peak) if scales is None else scales
     scaled, dead = normalized(hessian)
     told = Told("gptq", dead=dead)
     upper = None
