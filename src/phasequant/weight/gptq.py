@@ -28,6 +28,8 @@ is not finite goes there at once. Weights that are not finite are an error: ther
 Source: GPTQ (arXiv 2210.17323); options as in QuaRot's and llm-compressor's. Memory: H, R and three copies of W, fp32.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -136,8 +138,10 @@ def solve(
     spec: QuantSpec,
     order: Int[Tensor, " I"] | None = None,
     block: int = BLOCK,
+    workspaces: dict[int, _Columns] | None = None,
 ) -> tuple[Tensor, Float[Tensor, " O"]]:
-    """Codes (O, I) of GPTQ on given scales, and each row's E·H·Eᵀ. `upper`: R of the (reordered) H."""
+    """Codes (O, I) of GPTQ on given scales, and each row's E·H·Eᵀ. `upper`: R of the (reordered) H. `workspaces`: kept
+    between solves of one shape, by block width."""
     rows, width = weight.shape
     span = width // scale.shape[1]
     order = torch.arange(width, device=weight.device) if order is None else order
@@ -148,12 +152,13 @@ def solve(
     codes = torch.empty(width, rows, dtype=codes_type(spec), device=weight.device)
     scales, zeros = scale.T.contiguous(), zero.T.contiguous()
     loss = torch.zeros(rows, dtype=torch.float64, device=weight.device)
-    step: _Columns | None = None
+    workspaces = {} if workspaces is None else workspaces
     for start in range(0, width, block):
         part = slice(start, min(start + block, width))
         size = part.stop - part.start
-        if step is None or step.size != size:
-            step = _Columns(rows, size, spec, weight.device)
+        step = workspaces.get(size)
+        if step is None:
+            step = workspaces[size] = _Columns(rows, size, spec, weight.device)
         group = order[part] // span
         step.w.copy_(columns[part])
         step.target.copy_(columns[part])
@@ -198,6 +203,37 @@ def refit(
     return torch.where(sane.all(1, keepdim=True), found, scale).contiguous()
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """One group's weights and Hessian, to be solved on several scales. `upper`: R of the reordered, damped H."""
+
+    weight: Tensor
+    hessian: Tensor
+    upper: Tensor
+    zero: Tensor
+    spec: QuantSpec
+    order: Tensor | None
+    damping: float
+
+    def search(self, scale: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes, scales, loss by row): the best for each row of `scale` and of as many others as there are rounds."""
+        kept: dict[int, _Columns] = {}
+        codes, loss = solve(self.weight, self.upper, scale, self.zero, self.spec, self.order, workspaces=kept)
+        damped = self.hessian.clone()
+        damped.diagonal().add_(self.damping)
+        for trial in range(rounds):
+            if trial < len(STRETCHES):
+                other = scale * STRETCHES[trial]
+            else:
+                other = refit(self.weight, codes, scale, self.zero, damped, self.spec)
+            tried, less = solve(self.weight, self.upper, other, self.zero, self.spec, self.order, workspaces=kept)
+            won = less < loss
+            codes = torch.where(won[:, None], tried, codes)
+            scale = torch.where(won[:, None], other, scale)
+            loss = torch.where(won, less, loss)
+        return codes, scale, loss
+
+
 def gptq(
     weight: Float[Tensor, "O I"],
     hessian: Float[Tensor, "I I"],
@@ -239,19 +275,8 @@ def gptq(
         return WeightCodes(whole.reshape(weight.shape).to(codes_type(spec)), scale, zero, peak), told
     if told.rung != "gptq":
         told.why = "the Hessian is close to singular"
-    codes, loss = solve(weight, upper, scale, zero, spec, permutation)
-    if spec.is_int and scales is None:
-        damped = scaled.clone()
-        damped.diagonal().add_(damping)
-        for trial in range(rounds):
-            better = (
-                scale * STRETCHES[trial] if trial < len(STRETCHES) else refit(weight, codes, scale, zero, damped, spec)
-            )
-            tried, less = solve(weight, upper, better, zero, spec, permutation)
-            won = less < loss
-            codes = torch.where(won[:, None], tried, codes)
-            scale = torch.where(won[:, None], better, scale)
-            loss = torch.where(won, less, loss)
+    problem = _Problem(weight, scaled, upper, zero, spec, permutation, damping)
+    codes, scale, loss = problem.search(scale, rounds if spec.is_int and scales is None else 0)
     size = float(((weight @ scaled) * weight).sum(dtype=torch.float64))
     told.error = float(loss.sum()) / size if size > 0 else 0.0
     return WeightCodes(codes, scale, zero, peak), told
