@@ -96,7 +96,8 @@ class _Columns:
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self.scale.fill_(1.0)
-            self._capture()
+            with torch.cuda.device(device):
+                self._capture()
 
     def _run(self) -> None:
         for j in range(self.size):
