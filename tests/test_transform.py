@@ -386,6 +386,18 @@ def test_spin_lowers_its_loss_and_stays_orthogonal(optimizer, loss, tiny, ids):
     assert relative(found.residual.matrix(), start(given).residual.matrix()) > 1e-3
 
 
+def test_a_block_that_learning_made_worse_keeps_its_start(tiny, ids, capsys):
+    source = tiny("llama")
+    recipe = quick("flat", learning={"lr": 0.5, "clip_lr": 5.0, "epochs": 3})
+    found = transform.METHODS["flat"].learn(task(source.model, source.map, ids, recipe, {"weights", "activations"}))
+    assert "its start is kept" in capsys.readouterr().err
+    for before, after in block_loss(found):
+        assert after <= before
+    worse = next(b for b in found.blocks if b.notes["loss_after"] == b.notes["loss_before"])
+    start = torch.sigmoid(torch.tensor(4.0))
+    assert all(torch.allclose(clips, start.expand_as(clips)) for clips in worse.weight_clips.values())
+
+
 # --- through the pipeline, and on disk -----------------------------------------------------------------------------
 
 

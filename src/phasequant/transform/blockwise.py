@@ -182,6 +182,7 @@ def learn_block(job: Job) -> BlockTransform:
     rounds = len(job.inputs) // batch
     total = learning.epochs * rounds
     with measured(device) as cost, _tensor_cores():
+        start = {name: p.detach().clone() for name, p in learned.named_parameters() if p.requires_grad}
         before = _mean_loss(learned, job, batch)
         if total and any(p.requires_grad for p in learned.parameters()):
             optimizer = _optimizer(learned, learning, device)
@@ -203,7 +204,9 @@ def learn_block(job: Job) -> BlockTransform:
             f"(now {learning.lr or 'the default'}) or learning.clip_lr (now {learning.clip_lr})"
         )
     if after > before:
-        warn(f"block {job.index}: learning raised its loss, {before:.3g} → {after:.3g}: lower learning.lr")
+        warn(f"block {job.index}: learning raised its loss, {before:.3g} → {after:.3g}: its start is kept")
+        learned.load_state_dict(start, strict=False)
+        after = before
     return learned.result(
         job.start, loss_before=before, loss_after=after, seconds=cost.seconds, peak_bytes=float(cost.peak_bytes)
     )
