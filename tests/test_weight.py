@@ -195,13 +195,14 @@ def test_best_weights_are_the_least_squares_ones():
     original = x @ (torch.eye(16) + 0.1 * torch.randn(16, 16)) + 0.05 * torch.randn(400, 16)
     moments = Moments(16, torch.device("cpu"), cross=True)
     moments.add(x, None, original)
-    found = best_weights(weight, moments, 1e-7)
+    found, why = best_weights(weight, moments, 1e-7)
+    assert why is None
     exact = torch.linalg.lstsq(x, original @ weight.T).solution.T
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(best_weights(weight, moments, 1e7), weight, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(best_weights(weight, moments, 1e7)[0], weight, rtol=1e-3, atol=1e-3)
     same = Moments(16, torch.device("cpu"), cross=True)
     same.add(x, None, x)
-    torch.testing.assert_close(best_weights(weight, same, 0.01), weight)
+    torch.testing.assert_close(best_weights(weight, same, 0.01)[0], weight)
 
 
 def test_a_rarely_used_expert_borrows_from_all_tokens():
@@ -223,7 +224,7 @@ def test_branch_and_residual_make_the_weight(problem, method, weighted):
     if weighted:
         damped = normalized(hessian)[0]
         damped.diagonal().add_(0.01)
-        root = torch.linalg.cholesky(damped)
+        root = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     branch, residual, notes = split(weight, spec, 8, method, root=root, iterations=20)
     assert branch.down.shape == (8, 320) and branch.up.shape == (48, 8) and branch.up.dtype == torch.bfloat16
     torch.testing.assert_close(branch.product() + residual, weight, rtol=1e-5, atol=1e-5)
@@ -438,3 +439,31 @@ def test_the_target_is_the_16_bit_models(sequential, tiny, text_file, monkeypatc
     assert len(seen) == (12 if sequential else 3)
     torch.testing.assert_close(original, wanted, rtol=1e-4, atol=1e-4)
     assert all(float((a - b).abs().max()) > 1e-2 for a, b in zip(hidden, wanted, strict=True))
+
+
+def test_weighting_of_branches_is_followed_and_only_gptq_aims_at_outputs(tiny, text_file, monkeypatch):
+    from phasequant.weight import walk
+
+    roots, twins = [], []
+    true_split, true_twin = walk.split, walk._sixteen_bit_twin
+    monkeypatch.setattr(walk, "split", lambda *a, **o: roots.append(o["root"]) or true_split(*a, **o))
+    monkeypatch.setattr(walk, "_sixteen_bit_twin", lambda *a: twins.append(1) or true_twin(*a))
+    for weighting in ("none", "hessian"):
+        roots.clear()
+        recipe = recipe_of(text_file, lowrank={"method": "svd", "rank": 2, "weighting": weighting})
+        phasequant.quantize(tiny("llama-one"), recipe)
+        assert len(roots) == 4 and all((root is None) == (weighting == "none") for root in roots)
+    assert len(twins) == 2
+    recipe = recipe_of(text_file, weights={"method": "rtn"}, lowrank={"method": "svd", "rank": 2})
+    phasequant.quantize(tiny("llama-one"), recipe)
+    assert len(twins) == 2
+
+
+def test_a_branch_without_its_hessian_is_told(tiny, text_file, monkeypatch, capsys):
+    from phasequant.weight import walk
+
+    monkeypatch.setattr(walk, "factor", lambda *a: (None, "no factor"))
+    recipe = recipe_of(text_file, weights={"method": "rtn"}, lowrank={"method": "svd", "rank": 2})
+    run = phasequant.quantize(tiny("llama-one"), recipe)
+    assert all("chosen without data: no factor" in entry["why"] for entry in run.origin["weights"]["groups"])
+    assert "did not go as asked" in " ".join(capsys.readouterr().err.split())

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from phasequant.console import note
 from phasequant.errors import PhaseQuantError
-from phasequant.numerics import QuantSpec, codes_type, grid, round_values
+from phasequant.numerics import QuantSpec, codes_type, grid, round_to_codes, round_values
 from phasequant.weight.codes import Told, WeightCodes, peak_of
 
 BLOCK = 128
@@ -272,8 +272,7 @@ def gptq(
         told.rung = "the Hessian is not finite"
     if upper is None:
         told.why, told.rung = told.rung, "rtn"
-        whole = round_values(_grouped(weight, scale), scale[..., None], zero[..., None], spec)[0]
-        return WeightCodes(whole.reshape(weight.shape).to(codes_type(spec)), scale, zero, peak), told
+        return WeightCodes(round_to_codes(weight, scale, zero, spec), scale, zero, peak), told
     if told.rung != "gptq":
         told.why = "the Hessian is close to singular"
     problem = _Problem(weight, scaled, upper, zero, spec, permutation, damping)

@@ -76,7 +76,7 @@ def split(
     stored: torch.dtype = torch.bfloat16,
     place: str = "a weight",
 ) -> tuple[Branch, Float[Tensor, "O I"], dict[str, float]]:
-    """(branch, residual, notes): weight = branch.product() + residual, to rounding in fp32. `root`: S, lower
+    """(branch, residual, notes): weight = branch.product() + residual, to rounding in fp32. `root`: S, upper
     triangular, of H = S·Sᵀ.
 
     Raises `PhaseQuantError` where the rank is not below both sides of the weight.
@@ -92,7 +92,7 @@ def split(
     def fitted(matrix: Tensor) -> Branch:
         up, down = truncated(matrix if root is None else matrix @ root)
         if root is not None:
-            down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
+            down = torch.linalg.solve_triangular(root, down, upper=True, left=False)
         return Branch(down.to(stored), up.to(stored))
 
     coarse = replace(spec, clip="mse")
@@ -102,8 +102,7 @@ def split(
         error = residual - made
         return made, float((error if root is None else error @ root).square().sum(dtype=torch.float64))
 
-    none, before = rounded(weight)
-    del none
+    before = rounded(weight)[1]
     branch = best = fitted(weight)
     residual = weight - branch.product()
     made, least = rounded(residual)

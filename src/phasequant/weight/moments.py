@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.numerics import QuantSpec, fake_quantize
-from phasequant.weight.gptq import normalized
+from phasequant.weight.gptq import factor, normalized
 
 
 class Moments:
@@ -55,20 +55,22 @@ class Moments:
 
 
 def best_weights(
-    weight: Float[Tensor, "O I"], moments: Moments, damping: float, strength: float = 1.0
-) -> Float[Tensor, "O I"]:
-    """W*, or W itself where there is no C or the solve is not finite. `strength` scales the step from W."""
-    if moments.cross is None:
-        return weight
-    hessian, _ = normalized(moments.plain)
+    weight: Float[Tensor, "O I"], moments: Moments, damping: float
+) -> tuple[Float[Tensor, "O I"], str | None]:
+    """(W*, None), or (W, why) where the solve is not of use; W too where there is no C, and nothing to tell."""
+    if moments.cross is None or not bool((moments.plain.diagonal() > 0).any()):
+        return weight, None
+    scaled, _ = normalized(moments.plain)
+    upper, why = factor(scaled, damping)
+    if upper is None:
+        return weight, f"the 16-bit outputs could not be aimed at: {why}"
     mean = moments.plain.diagonal()[moments.plain.diagonal() > 0].mean()
-    hessian.diagonal().add_(damping)
     shift = weight @ ((moments.cross - moments.plain) / mean)
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    if int(info) or not bool(torch.isfinite(shift).all()):
-        return weight
-    found = weight + strength * torch.cholesky_solve(shift.T, lower).T
-    return found if bool(torch.isfinite(found).all()) else weight
+    half = torch.linalg.solve_triangular(upper.T, shift, upper=False, left=False)
+    found = weight + torch.linalg.solve_triangular(upper, half, upper=True, left=False)
+    if not bool(torch.isfinite(found).all()):
+        return weight, "the 16-bit outputs could not be aimed at: the solve is not finite"
+    return found, None
 
 
 def shrunk(

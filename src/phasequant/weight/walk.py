@@ -31,7 +31,7 @@ from phasequant.numerics import QuantSpec
 from phasequant.recipe import LowRankPart, WeightsPart
 from phasequant.stream import BlockStream, resident
 from phasequant.weight.codes import Told, WeightCodes
-from phasequant.weight.gptq import gptq, normalized
+from phasequant.weight.gptq import factor, gptq, normalized
 from phasequant.weight.lowrank import Branch, split
 from phasequant.weight.moments import Moments, best_weights
 from phasequant.weight.rtn import round_to_nearest
@@ -120,13 +120,13 @@ def quantize_weights(task: WeightTask) -> list[dict[str, Any]]:
     with torch.no_grad():
         found = list(_with_data(task) if needs_tokens(task.part, task.lowrank) else _without_data(task))
     failed = [entry for entry in found if entry["why"] is not None]
-    fallen = [entry for entry in failed if entry["rung"] == "rtn"]
+    fallen = [entry for entry in failed if entry["rung"] == "rtn" and task.part.method == "gptq"]
     for entry in fallen:
         warn(f"weights of block {entry['block']}, {entry['group']}: rounded to nearest, because {entry['why']}")
     if len(failed) > len(fallen):
-        first = next(entry for entry in failed if entry["rung"] != "rtn")
+        first = next(entry for entry in failed if entry not in fallen)
         warn(
-            f"weights: {len(failed) - len(fallen)} groups needed more damping, first block {first['block']}, "
+            f"weights: {len(failed) - len(fallen)} groups did not go as asked, first block {first['block']}, "
             f"{first['group']}: {first['rung']} ({first['why']}); more calibration text would help"
         )
     return found
@@ -156,7 +156,8 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
         original = list(stream.hidden)
         for step in stream.steps(f"weights ({part.method}, {task.spec})"):
             arguments = stream.arguments[step.index]
-            twin = _sixteen_bit_twin(step.block, task) if part.target == "outputs" else None
+            aims = part.method == "gptq" and part.target == "outputs"
+            twin = _sixteen_bit_twin(step.block, task) if aims else None
             made: list[_Made] = []
             twins_outputs: list[Tensor] = []
             for groups in rounds:
@@ -263,14 +264,17 @@ def _codes(
     task: WeightTask, weight: Tensor, clips: Tensor | None, moments: Moments | None, group: str, place: str
 ) -> tuple[Branch | None, WeightCodes, Told]:
     part, lowrank = task.part, task.lowrank
+    why = None
     if moments is not None:
-        weight = best_weights(weight, moments, part.damping)
+        weight, why = best_weights(weight, moments, part.damping)
     rank = lowrank.rank_of(group)
     branch: Branch | None = None
     notes: dict[str, float] = {}
     if rank:
+        root, blind = _root(moments if lowrank.weighting == "hessian" else None, part.damping)
+        why = why or blind
         branch, weight, notes = split(
-            weight, task.spec, rank, lowrank.method, root=_root(moments, part.damping),
+            weight, task.spec, rank, lowrank.method, root=root,
             iterations=lowrank.iterations, shrink=lowrank.shrink, stored=task.stored, place=place,
         )  # fmt: skip
     if part.method == "rtn" or moments is None:
@@ -287,17 +291,16 @@ def _codes(
             place=place,
         )
     told.notes |= notes
+    told.why = told.why or why
     return branch, made, told
 
 
-def _root(moments: Moments | None, damping: float) -> Tensor | None:
-    """S, lower triangular, of the damped H = S·Sᵀ; None where no data was looked at, or it is not of use."""
-    if moments is None or not bool(torch.isfinite(moments.hessian).all()):
-        return None
-    hessian, _ = normalized(moments.hessian)
-    hessian.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    return None if int(info) else lower
+def _root(moments: Moments | None, damping: float) -> tuple[Tensor | None, str | None]:
+    """S, upper triangular, of the damped H = S·Sᵀ; (None, why) where H is not of use."""
+    if moments is None:
+        return None, None
+    upper, rung = factor(normalized(moments.hessian)[0], damping)
+    return upper, None if upper is not None else f"the branch was chosen without data: {rung}"
 
 
 def _entry(index: int, group: GroupNames, told: Told) -> dict[str, Any]:
