@@ -402,7 +402,9 @@ def test_a_block_that_learning_made_worse_keeps_its_start(tiny, ids, capsys):
 
 
 @pytest.mark.parametrize(("method", "where"), [pair for pair in WHERES if pair[0] != "quarot"])
-def test_quantize_save_load_same_logits(method, where, tiny, ids, text_file, tmp_path):
+def test_quantize_save_load_same_logits(method, where, tiny, ids, text_file, tmp_path, monkeypatch):
+    # What was learned is taken, whether or not two steps on random weights happened to lower a loss on this machine.
+    monkeypatch.setattr("phasequant.transform.blockwise._mean_loss", lambda *_: 0.0)
     recipe = quick(method, rotation={"where": where}).with_(
         weights={"bits": 4, "clip": "learned"}, activations={"bits": 4, "clip": "learned"},
         kv={"bits": 4, "clip": "learned"}, calibration={"text": str(text_file), "sequences": 4, "seqlen": 64},
