@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
@@ -21,8 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from phasequant.arch import ModelMap
-from phasequant.source import Source
+from phasequant.source import Source, wrap
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 258
@@ -60,6 +60,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
     "qwen2-sliding": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1),
     "qwen3": Qwen3Config(**COMMON, head_dim=20, tie_word_embeddings=True),
+    "gemma": GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=20, tie_word_embeddings=True),
 }
 
 
@@ -70,10 +71,10 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" in key:
-                parameter.uniform_(0.2, 2.0)
-            elif key.endswith("bias"):
+            if key.endswith("bias"):
                 parameter.normal_(0, 0.3)
+            elif "norm" in key:
+                parameter.uniform_(0.2, 2.0).sub_(float(name.startswith("gemma")))  # Gemma's multiply by 1 + w
             elif "embed" in key:
                 parameter.normal_(0, 1.0)
             else:
@@ -101,8 +102,7 @@ def tiny(tokenizer):
     """A function: family name → `Source` of a fresh tiny model."""
 
     def make(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Source:
-        model = make_model(name, dtype, seed)
-        return Source(name, model, tokenizer, ModelMap.from_config(model.config))
+        return wrap(name, make_model(name, dtype, seed), tokenizer)
 
     return make
 

@@ -113,7 +113,7 @@ def test_generate_uses_a_packed_cache(tiny, ids):
     assert sum(layer.nbytes for layer in cache.layers) == per_token * tokens * 2
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3", "gemma"])
 def test_cache_chunks_and_padding_give_the_same_logits(name, tiny, ids):
     model = quantized(tiny(name, torch.float64)).model
     whole = model(input_ids=ids, use_cache=False).logits

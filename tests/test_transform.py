@@ -158,11 +158,12 @@ def places(source, residual=False):
     }, dense(shape.d_model, 9)
 
 
+@pytest.mark.parametrize("name", ["llama-bias", "gemma"])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("place", ["qkv", "gate_up", "value", "heads", "down", "down-scales", "norm-scales", "all"])
-def test_each_place_alone_keeps_logits(place, rotated, tiny, ids):
+def test_each_place_alone_keeps_logits(place, rotated, name, tiny, ids):
     """With any invertible map, not only Hadamards; alone and on top of a folded residual rotation."""
-    source = tiny("llama-bias", torch.float64)
+    source = tiny(name, torch.float64)
     before = logits(source.model, ids)
     blocks, residual = places(source)
     chosen = Transform.alike("one", source.map, blocks[place])
@@ -172,16 +173,26 @@ def test_each_place_alone_keeps_logits(place, rotated, tiny, ids):
     assert relative(logits(source.model, ids), before) < TOLERANCE
 
 
-def test_gains_are_folded_as_they_are_stored(tiny, ids):
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_gains_are_folded_as_they_are_stored(name, tiny, ids):
     """Scales in a norm's gain are rounded to the stored type before the weights make up for them."""
-    source = tiny("llama", torch.float64)
+    source = tiny(name, torch.float64)
     before = logits(source.model, ids)
     blocks, _ = places(source)
     transform.apply(source.model, source.map, Transform.alike("s", source.map, blocks["norm-scales"]),
                     stored=torch.bfloat16)  # fmt: skip
     gain = source.model.model.layers[0].input_layernorm.weight
     assert torch.equal(gain.to(torch.bfloat16).to(gain.dtype), gain)
+    assert not torch.equal(gain, tiny(name, torch.float64).model.model.layers[0].input_layernorm.weight)
     assert relative(logits(source.model, ids), before) < TOLERANCE
+
+
+def test_gemmas_gains_are_one_more_than_its_weights(tiny, ids):
+    """Folded gains leave 0 in the weights of norms that multiply by 1 + w; 1 would double what they give."""
+    source = tiny("gemma", torch.float64)
+    transform.apply(source.model, source.map, fixed_rotations(source.map, 0))
+    norms = {n: p for n, p in source.model.named_parameters() if "norm" in n}
+    assert len(norms) == 7 and all(not weight.any() for weight in norms.values())
 
 
 def test_missing_one_fold_is_seen(tiny, ids):

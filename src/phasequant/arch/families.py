@@ -1,12 +1,22 @@
 """One declarative adapter a family: the names under which its parts stand in the Transformers model. Nothing runs here.
 
 A family lists, relative to a decoder block, which linears read the same input (a group), which norm that input comes
-from, and where attention lives. All four families below share one layout, pre-norm with gated MLP:
+from, and where attention lives. Most share one layout, pre-norm with gated MLP:
 
     x ─ norm ─ {q,k,v} ─ attention ─ {o} ─(+)─ norm ─ {gate,up} ─ act·mul ─ {down} ─(+)─
+
+and where one differs, a field says so, which transforms ask before they touch a place:
+
+    norm         rms: n(x)·w        rms+1: n(x)·(1 + w), Gemma's        layer: mean taken off too, and a bias
+    post_norms   norms of the sublayers' outputs, before they are added to the residual stream
+    value, up    the linear whose rows can scale or rotate what o, or down, reads; None where nothing can
+
+Only `norm` rms and rms+1 without `post_norms` let a rotation of the residual stream be folded. Two groups that name one
+norm read one input: what is folded into that norm is shared by both.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,22 @@ class GroupNames:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a config has to say for the names to hold: `attribute` equal to `value`, or to the attribute `same_as`."""
+
+    attribute: str
+    why: str
+    value: Any = None
+    same_as: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
-    """Names of one architecture. `q`, `k`, `v`, `o` name single linears for what only they take part in."""
+    """Names of one architecture. `q`, `k`, `v`, `o` name single linears for what only they take part in.
+
+    `when` chooses among families of one model type by attributes of the config; `d_ffn` and `softcap` name attributes
+    of it: the width inside the MLP, and the cap of attention scores.
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -36,10 +60,16 @@ class Family:
         GroupNames("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
         GroupNames("down", ("mlp.down_proj",)),
     )
-    value: str = "self_attn.v_proj"
-    up: str = "mlp.up_proj"
+    norm: str = "rms"
+    post_norms: tuple[str, ...] = ()
+    value: str | None = "self_attn.v_proj"
+    up: str | None = "mlp.up_proj"
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     qk_norms: tuple[str, ...] = ()
+    d_ffn: str = "intermediate_size"
+    softcap: str | None = None
+    when: tuple[tuple[str, Any], ...] = ()
+    needs: tuple[Needs, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
@@ -56,6 +86,7 @@ FAMILIES: tuple[Family, ...] = (
             "into q and k; it runs online, after the norms and RoPE",
         ),
     ),
+    Family("Gemma", ("gemma",), norm="rms+1", notes=("norms multiply by 1 + w: w holds the folded gain less 1",)),
 )
 
 GROUPS = ("qkv", "o", "gate_up", "down")
