@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from phasequant.arch import ModelMap
 from phasequant.source import Source, wrap
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -61,7 +64,25 @@ CONFIGS = {
     "qwen2-sliding": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1),
     "qwen3": Qwen3Config(**COMMON, head_dim=20, tie_word_embeddings=True),
     "gemma": GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=20, tie_word_embeddings=True),
-}
+    "gemma2": Gemma2Config(
+        **COMMON, head_dim=12, query_pre_attn_scalar=20, sliding_window=16, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0, tie_word_embeddings=True,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **COMMON, head_dim=16, query_pre_attn_scalar=20, sliding_window=16, tie_word_embeddings=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}  # fmt: skip
+
+
+def foldable(name: str) -> bool:
+    """Whether a rotation of the residual stream can be folded into models of a family."""
+    return ModelMap.from_config(CONFIGS[name]).unfoldable is None
+
+
+def where(name: str) -> list[str]:
+    """What a recipe that folds rotations must be told for a family in which they cannot be."""
+    return [] if foldable(name) else ["rotation.where=online"]
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIGS, make_model
+from conftest import CONFIGS, make_model, where
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM
 import phasequant
 from phasequant import pipeline
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import PackedCache, quant_linears
+from phasequant.nn import PackedCache, PackedLayer, quant_linears
 from phasequant.recipe import Recipe
 from phasequant.source import wrap
 
 SMALL = ["calibration.sequences=2", "calibration.seqlen=32"]
+
+
+NEW = ("gemma", "gemma2", "gemma3")
 
 
 def quantized(source, name="quarot", *sets):
@@ -30,7 +33,7 @@ def greedy(model, ids, n=12):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reload_gives_the_same_tokens_and_logits(name, tiny, ids, tmp_path):
-    run = quantized(tiny(name), "quarot", "policy.name=paper")
+    run = quantized(tiny(name), "quarot", "policy.name=paper", *where(name))
     before = run.model(input_ids=ids, use_cache=False).logits
     tokens = greedy(run.model, ids)
     run.save(tmp_path / "out")
@@ -113,9 +116,9 @@ def test_generate_uses_a_packed_cache(tiny, ids):
     assert sum(layer.nbytes for layer in cache.layers) == per_token * tokens * 2
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3", *NEW])
 def test_cache_chunks_and_padding_give_the_same_logits(name, tiny, ids):
-    model = quantized(tiny(name, torch.float64)).model
+    model = quantized(tiny(name, torch.float64), "quarot", *where(name)).model
     whole = model(input_ids=ids, use_cache=False).logits
     cache = PackedCache(model)
     pieces = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([10, 1, 9, 4], dim=1)]
@@ -125,6 +128,17 @@ def test_cache_chunks_and_padding_give_the_same_logits(name, tiny, ids):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     shifted = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 5:]
     assert torch.allclose(shifted, whole, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_generate_gives_the_same_tokens_with_and_without_a_cache(name, tiny, ids):
+    """Past the sliding windows of those that have them."""
+    model = quantized(tiny(name), "quarot", *where(name)).model
+    output = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, pad_token_id=257)
+    assert isinstance(output.past_key_values.layers[0], PackedLayer)
+    assert output.past_key_values.layers[-1].get_seq_length() >= ids.shape[1] + 1
+    again = model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False, pad_token_id=257)
+    assert torch.equal(output.sequences, again)
 
 
 def test_beam_search_reorders_the_packed_cache(tiny, ids):

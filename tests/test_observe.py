@@ -110,7 +110,7 @@ def test_a_planted_massive_activation_is_found(tiny):
     assert found.residual.absmax_channel[2] == 11
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3", "gemma", "gemma2", "gemma3"])
 def test_streaming_equals_the_whole_model(name, tiny):
     """Block by block with captured arguments gives the hidden states of a plain forward, and so the same metrics."""
     source = tiny(name)

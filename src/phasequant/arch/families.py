@@ -42,8 +42,8 @@ class Needs:
 class Family:
     """Names of one architecture. `q`, `k`, `v`, `o` name single linears for what only they take part in.
 
-    `when` chooses among families of one model type by attributes of the config; `d_ffn` and `softcap` name attributes
-    of it: the width inside the MLP, and the cap of attention scores.
+    `when` chooses among families of one model type by attributes of the config; `d_ffn`, `softcap` and `logit_softcap`
+    name attributes of it: the width inside the MLP, and the caps of attention scores and of logits.
     """
 
     name: str
@@ -68,10 +68,26 @@ class Family:
     qk_norms: tuple[str, ...] = ()
     d_ffn: str = "intermediate_size"
     softcap: str | None = None
+    logit_softcap: str | None = None
     when: tuple[tuple[str, Any], ...] = ()
     needs: tuple[Needs, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+
+POST_NORM = (
+    GroupNames("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    GroupNames("o", ("self_attn.o_proj",)),
+    GroupNames("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
+    GroupNames("down", ("mlp.down_proj",)),
+)
+ONE_MORE = "norms multiply by 1 + w: w holds the folded gain less 1"
+OUTPUT_NORMS = (
+    "the sublayers' outputs are normalized before they are added: rotations run online, after the input norms"
+)
+NORMED_QK = (
+    "q and k are normalized per head: no rotation can be folded through those norms, so R3 is never folded into q and "
+    "k; it runs online, after the norms and RoPE"
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family("LLaMA", ("llama",)),
@@ -81,12 +97,30 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen3",
         ("qwen3",),
         qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
-        notes=(
-            "q and k are normalized per head: no rotation can be folded through those norms, so R3 is never folded "
-            "into q and k; it runs online, after the norms and RoPE",
-        ),
+        notes=(NORMED_QK,),
     ),
-    Family("Gemma", ("gemma",), norm="rms+1", notes=("norms multiply by 1 + w: w holds the folded gain less 1",)),
+    Family("Gemma", ("gemma",), norm="rms+1", notes=(ONE_MORE,)),
+    Family(
+        "Gemma 2",
+        ("gemma2",),
+        groups=POST_NORM,
+        norm="rms+1",
+        post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        softcap="attn_logit_softcapping",
+        logit_softcap="final_logit_softcapping",
+        notes=(ONE_MORE, OUTPUT_NORMS),
+    ),
+    Family(
+        "Gemma 3",
+        ("gemma3_text",),
+        groups=POST_NORM,
+        norm="rms+1",
+        post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        softcap="attn_logit_softcapping",
+        logit_softcap="final_logit_softcapping",
+        notes=(ONE_MORE, OUTPUT_NORMS, NORMED_QK),
+    ),
 )
 
 GROUPS = ("qkv", "o", "gate_up", "down")

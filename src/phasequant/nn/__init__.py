@@ -1,6 +1,14 @@
 """What stands in a quantized model: linears, online maps, the packed KV cache, the attention function."""
 
-from phasequant.nn.attention import ATTENTION, SLOT, PackedCache, attach, kv_bytes_per_token, kv_in_16_bits
+from phasequant.nn.attention import (
+    ATTENTION,
+    SLOT,
+    PackedCache,
+    attach,
+    kv_bytes_per_token,
+    kv_in_16_bits,
+    switch_attention,
+)
 from phasequant.nn.kv import KVLayout, KVQuantizer, PackedLayer, PackedStates
 from phasequant.nn.layout import (
     Activations,
@@ -13,6 +21,7 @@ from phasequant.nn.layout import (
 )
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
+from phasequant.nn.softcap import is_capped
 
 __all__ = [
     "ATTENTION",
@@ -28,10 +37,12 @@ __all__ = [
     "PackedStates",
     "QuantLinear",
     "attach",
+    "is_capped",
     "kv_bytes_per_token",
     "kv_in_16_bits",
     "lay_out",
     "quant_linears",
     "replace_module",
     "set_activations",
+    "switch_attention",
 ]

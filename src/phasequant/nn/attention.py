@@ -2,7 +2,7 @@
 
 Transformers calls `past_key_values.update(k, v, layer)` after RoPE and hands its result to the attention function. With
 our cache that result is packed; without a cache the function rounds k and v itself, to the same numbers. Attention
-then is Transformers' own SDPA over the dequantized states.
+then is Transformers' own SDPA over the dequantized states (`softcap` has the exception).
 
 `attach` gives a model its `KVQuantizer`s and sees to it that `generate` caches in packed layers: a fresh default cache
 is refitted before its first token. A cache that cannot be (static, or already filled in 16 bits) is said so once.
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -25,6 +24,7 @@ from phasequant.arch import ModelMap
 from phasequant.console import warn
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
+from phasequant.nn.softcap import attend
 
 ATTENTION = "phasequant"
 CACHE_POSITION = 3  # of past_key_values in forward(input_ids, attention_mask, position_ids, past_key_values, …)
@@ -38,12 +38,12 @@ def quantized_attention(
     """SDPA over keys and values that went through the KV grid. query (B,N,T,H); key, value (B,K,T,H) or packed."""
     quantizer = getattr(module, SLOT, None)
     if quantizer is None or not quantizer.enabled:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return attend(module, query, key, value, attention_mask, **options)
     if not isinstance(key, PackedStates):
         key, value = quantizer.encode(key, value)
     keys = quantizer.decode(key, query.dtype)
     values = quantizer.decode(value, query.dtype)
-    return sdpa_attention_forward(module, quantizer.rotate_queries(query), keys, values, attention_mask, **options)
+    return attend(module, quantizer.rotate_queries(query), keys, values, attention_mask, **options)
 
 
 AttentionInterface.register(ATTENTION, quantized_attention)
@@ -120,14 +120,19 @@ def kv_in_16_bits(model: nn.Module) -> Iterator[None]:
             quantizer.enabled = True
 
 
+def switch_attention(model: PreTrainedModel, model_map: ModelMap) -> None:
+    """Have a model use our attention function."""
+    model.config._attn_implementation = ATTENTION
+    decoder = model.get_submodule(model_map.family.decoder)
+    decoder.config._attn_implementation = ATTENTION
+
+
 def attach(model: PreTrainedModel, model_map: ModelMap, make: Callable[[int], KVQuantizer]) -> None:
     """Give every block's attention the `KVQuantizer` that `make(block)` returns, and switch to our attention."""
     for block in model_map.blocks:
         attention = model.get_submodule(f"{model_map.block_name(block)}.{model_map.family.attention}")
         setattr(attention, SLOT, make(block))
-    model.config._attn_implementation = ATTENTION
-    decoder = model.get_submodule(model_map.family.decoder)
-    decoder.config._attn_implementation = ATTENTION
+    switch_attention(model, model_map)
     model.register_forward_pre_hook(_refit_cache, with_kwargs=True)
 
 

@@ -146,6 +146,7 @@ class RotatedModel(nn.Module):
             name = task.map.block_name(index)
             replace_module(self.model, name, _Checkpointed(self.model.get_submodule(name)))
         self.family = family
+        self.cap = None if family.logit_softcap is None else getattr(self.model.config, family.logit_softcap, None)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) → (B, T, D), after the final norm."""
@@ -161,7 +162,7 @@ class RotatedModel(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits."""
         found: Tensor = self.model.get_submodule(self.family.head)(x)
-        return found
+        return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
 
     def result(self, begin: Transform) -> Transform:
         """The rotations as they stand."""
