@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from phasequant.arch import ModelMap
@@ -72,7 +73,15 @@ CONFIGS = {
         **COMMON, head_dim=16, query_pre_attn_scalar=20, sliding_window=16, tie_word_embeddings=True,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "stablelm": StableLmConfig(**COMMON, partial_rotary_factor=0.5, use_qkv_bias=True),
+    "stablelm-parallel": StableLmConfig(
+        **COMMON, partial_rotary_factor=0.5, use_parallel_residual=True, qk_layernorm=True
+    ),
 }  # fmt: skip
+
+
+NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel")
+"""Families whose layout is not LLaMA's."""
 
 
 def foldable(name: str) -> bool:

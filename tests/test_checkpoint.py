@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIGS, make_model, where
+from conftest import CONFIGS, NEW, make_model, where
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,9 +18,6 @@ from phasequant.recipe import Recipe
 from phasequant.source import wrap
 
 SMALL = ["calibration.sequences=2", "calibration.seqlen=32"]
-
-
-NEW = ("gemma", "gemma2", "gemma3")
 
 
 def quantized(source, name="quarot", *sets):

@@ -15,7 +15,7 @@ Only `norm` rms and rms+1 without `post_norms` let a rotation of the residual st
 norm read one input: what is folded into that norm is shared by both.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -89,6 +89,24 @@ NORMED_QK = (
     "k; it runs online, after the norms and RoPE"
 )
 
+MEAN_OFF = "LayerNorms take off the mean: rotations run online, after the norms"
+ONE_NORM = "attention and MLP read one norm: scales of the input are one for both"
+
+
+def _behind(groups: tuple[GroupNames, ...], name: str, norm: str) -> tuple[GroupNames, ...]:
+    """The groups, one of them behind another norm."""
+    return tuple(replace(group, norm=norm) if group.name == name else group for group in groups)
+
+
+STABLELM = Family(
+    "StableLM",
+    ("stablelm",),
+    norm="layer",
+    qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    when=(("use_parallel_residual", False),),
+    notes=(MEAN_OFF,),
+)
+
 FAMILIES: tuple[Family, ...] = (
     Family("LLaMA", ("llama",)),
     Family("Mistral", ("mistral",)),
@@ -120,6 +138,14 @@ FAMILIES: tuple[Family, ...] = (
         softcap="attn_logit_softcapping",
         logit_softcap="final_logit_softcapping",
         notes=(ONE_MORE, OUTPUT_NORMS, NORMED_QK),
+    ),
+    STABLELM,
+    replace(
+        STABLELM,
+        name="StableLM, parallel",
+        groups=_behind(STABLELM.groups, "gate_up", "input_layernorm"),
+        when=(("use_parallel_residual", True),),
+        notes=(MEAN_OFF, ONE_NORM),
     ),
 )
 
