@@ -18,6 +18,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -77,10 +78,12 @@ CONFIGS = {
     "stablelm-parallel": StableLmConfig(
         **COMMON, partial_rotary_factor=0.5, use_parallel_residual=True, qk_layernorm=True
     ),
+    "phi": PhiConfig(**COMMON, partial_rotary_factor=0.5),
+    "phi-norm": PhiConfig(**{**COMMON, "num_key_value_heads": None}, partial_rotary_factor=0.5, qk_layernorm=True),
 }  # fmt: skip
 
 
-NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel")
+NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm")
 """Families whose layout is not LLaMA's."""
 
 

@@ -90,6 +90,7 @@ NORMED_QK = (
 )
 
 MEAN_OFF = "LayerNorms take off the mean: rotations run online, after the norms"
+NO_UP = "between fc1 and fc2 stands an activation that no scale goes through: fc2's input is not scaled"
 ONE_NORM = "attention and MLP read one norm: scales of the input are one for both"
 
 
@@ -146,6 +147,22 @@ FAMILIES: tuple[Family, ...] = (
         groups=_behind(STABLELM.groups, "gate_up", "input_layernorm"),
         when=(("use_parallel_residual", True),),
         notes=(MEAN_OFF, ONE_NORM),
+    ),
+    Family(
+        "Phi",
+        ("phi",),
+        final_norm="model.final_layernorm",
+        groups=(
+            GroupNames("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+            GroupNames("o", ("self_attn.dense",)),
+            GroupNames("gate_up", ("mlp.fc1",), "input_layernorm"),
+            GroupNames("down", ("mlp.fc2",)),
+        ),
+        norm="layer",
+        up=None,
+        writers=("self_attn.dense", "mlp.fc2"),
+        qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        notes=(MEAN_OFF, ONE_NORM, NO_UP),
     ),
 )
 
