@@ -18,6 +18,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -44,6 +45,9 @@ COMMON = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
+
+OPT = {name: value for name, value in COMMON.items() if name not in ("intermediate_size", "num_key_value_heads")}
+OPT["ffn_dim"] = 96
 
 CONFIGS = {
     "llama": LlamaConfig(**COMMON, head_dim=12, tie_word_embeddings=True),
@@ -80,10 +84,12 @@ CONFIGS = {
     ),
     "phi": PhiConfig(**COMMON, partial_rotary_factor=0.5),
     "phi-norm": PhiConfig(**{**COMMON, "num_key_value_heads": None}, partial_rotary_factor=0.5, qk_layernorm=True),
+    "opt": OPTConfig(**OPT),
+    "opt-gelu": OPTConfig(**OPT, activation_function="gelu", enable_bias=False),
 }  # fmt: skip
 
 
-NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm")
+NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm", "opt", "opt-gelu")
 """Families whose layout is not LLaMA's."""
 
 

@@ -332,8 +332,10 @@ def test_sixteen_bit_models_keep_their_type(dtype, tmp_path, tokenizer, ids):
     assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, before)
 
 
-def test_the_cache_may_come_by_position(tiny, ids):
-    model = quantized(tiny("llama")).model
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_cache_may_come_by_position(name, tiny, ids):
+    model = quantized(tiny(name), "quarot", *where(name)).model
     cache = PackedCache(model)
-    first = model(ids[:, :5], None, None, cache, use_cache=True).logits
+    before = (None,) if name == "opt" else (None, None)
+    first = model(ids[:, :5], *before, cache, use_cache=True).logits
     assert cache.get_seq_length() == 5 and torch.equal(first, model(input_ids=ids[:, :5], use_cache=False).logits)

@@ -108,6 +108,37 @@ STABLELM = Family(
     notes=(MEAN_OFF,),
 )
 
+OPT = Family(
+    "OPT",
+    ("opt",),
+    decoder="model.decoder",
+    blocks="model.decoder.layers",
+    embeddings="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
+    groups=(
+        GroupNames("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm"),
+        GroupNames("o", ("self_attn.out_proj",)),
+        GroupNames("gate_up", ("fc1",), "final_layer_norm"),
+        GroupNames("down", ("fc2",)),
+    ),
+    norm="layer",
+    up="fc1",  # relu(c·z) = c·relu(z)
+    writers=("self_attn.out_proj", "fc2"),
+    d_ffn="ffn_dim",
+    when=(("activation_function", "relu"),),
+    needs=(
+        Needs("do_layer_norm_before", "its norms stand after the sublayers, on the residual stream itself", True),
+        Needs(
+            "word_embed_proj_dim",
+            "its embeddings are of another width than its blocks and go through projections",
+            same_as="hidden_size",
+        ),
+        Needs("layer_norm_elementwise_affine", "its norms have no gain that scales could be folded into", True),
+        Needs("_remove_final_layer_norm", "it has no norm before the head", False),
+    ),
+    notes=(MEAN_OFF, "scales of fc2's input are folded through the ReLU into fc1's rows"),
+)
+
 FAMILIES: tuple[Family, ...] = (
     Family("LLaMA", ("llama",)),
     Family("Mistral", ("mistral",)),
@@ -164,6 +195,8 @@ FAMILIES: tuple[Family, ...] = (
         qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
         notes=(MEAN_OFF, ONE_NORM, NO_UP),
     ),
+    OPT,
+    replace(OPT, name="OPT, no ReLU", up=None, when=(), notes=(MEAN_OFF, NO_UP)),
 )
 
 GROUPS = ("qkv", "o", "gate_up", "down")

@@ -11,6 +11,7 @@ is refitted before its first token. A cache that cannot be (static, or already f
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,8 +28,6 @@ from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
 from phasequant.nn.softcap import attend
 
 ATTENTION = "phasequant"
-CACHE_POSITION = 3  # of past_key_values in forward(input_ids, attention_mask, position_ids, past_key_values, …)
-AFTER_CACHE = ("inputs_embeds", "labels", "use_cache")
 SLOT = "kv_quantizer"  # the attribute of an attention module
 
 
@@ -89,10 +88,9 @@ def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
             f"attention '{model.config._attn_implementation}' would read a 16-bit KV cache, and this model promises "
             f"{quantizers(model)[0].layout.keys.bits} bits: leave attn_implementation alone"
         )
-    if len(args) > CACHE_POSITION:
-        kwargs["past_key_values"] = args[CACHE_POSITION]
-        kwargs |= dict(zip(AFTER_CACHE, args[CACHE_POSITION + 1 :], strict=False))
-        args = args[:CACHE_POSITION]
+    if len(args) > 1:  # by name: the cache stands at another position in every family's forward
+        kwargs |= dict(zip(signature(model.forward).parameters, args, strict=False))
+        args = ()
     given = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
