@@ -16,6 +16,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -46,6 +47,7 @@ COMMON = {
     "pad_token_id": 257,
 }
 
+NEOX = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
 OPT = {name: value for name, value in COMMON.items() if name not in ("intermediate_size", "num_key_value_heads")}
 OPT["ffn_dim"] = 96
 
@@ -86,10 +88,13 @@ CONFIGS = {
     "phi-norm": PhiConfig(**{**COMMON, "num_key_value_heads": None}, partial_rotary_factor=0.5, qk_layernorm=True),
     "opt": OPTConfig(**OPT),
     "opt-gelu": OPTConfig(**OPT, activation_function="gelu", enable_bias=False),
+    "gpt_neox": GPTNeoXConfig(**NEOX, rotary_pct=0.5),
+    "gpt_neox-serial": GPTNeoXConfig(**NEOX, rotary_pct=0.5, use_parallel_residual=False, attention_bias=False),
 }  # fmt: skip
 
 
-NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm", "opt", "opt-gelu")
+NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm", "opt", "opt-gelu",
+       "gpt_neox", "gpt_neox-serial")  # fmt: skip
 """Families whose layout is not LLaMA's."""
 
 

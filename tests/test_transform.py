@@ -20,6 +20,7 @@ from phasequant.transform import BlockTransform, Task, Transform, fixed_rotation
 from phasequant.transform.dfrot import alternate, massive_tokens, rounding_error
 from phasequant.transform.flat import kronecker_start, squarest
 from phasequant.transform.frtq import precondition, uniform_target
+from phasequant.transform.quarot import block_rotations
 from phasequant.transform.smooth import migration
 from phasequant.transform.wush import aligning
 
@@ -203,6 +204,18 @@ def test_gains_are_folded_as_they_are_stored(name, tiny, ids):
     assert relative(logits(source.model, ids), before) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["gpt_neox", "phi", "opt"])
+def test_what_a_family_has_no_linear_for_is_left_out(name, tiny, ids):
+    source = tiny(name)
+    maps = {s["name"] for s in fixed_rotations(source.map, 0, "online").describe(source.map)}
+    assert maps == {"T qkv", "M", "R3", "T gate_up", "R4"} | (set() if name == "gpt_neox" else {"R2"})
+    found = transform.METHODS["smooth"].learn(task(source.model, source.map, ids, quick("smooth")))
+    assert set(found.block(0).scales) == set(source.map.scaled)
+    assert (found.block(0).value is None) == (name == "gpt_neox")
+    blocks = block_rotations(source.map, 16).blocks
+    assert (blocks[0].value is None) == (name == "gpt_neox")
+
+
 def test_gemmas_gains_are_one_more_than_its_weights(tiny, ids):
     """Folded gains leave 0 in the weights of norms that multiply by 1 + w; 1 would double what they give."""
     source = tiny("gemma", torch.float64)
@@ -335,6 +348,18 @@ def test_flat_lowers_every_blocks_loss_and_repeats(optimizer, tiny, ids):
     for a, b in zip(found.blocks, again.blocks, strict=True):
         assert torch.equal(a.qkv.left, b.qkv.left) and a.inputs == b.inputs and a.kv == b.kv
         assert all(torch.equal(a.weight_clips[n], b.weight_clips[n]) for n in a.weight_clips)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", *NEW])
+def test_a_block_that_is_learned_is_the_block(name, tiny, ids):
+    """Before anything is rounded: maps, scales and norms as the learned block computes them change nothing."""
+    source = tiny(name)
+    given = replace(task(source.model, source.map, ids, quick("flat", learning={"epochs": 0}), a=None, w=None), kv=None)
+    found = transform.METHODS["flat"].learn(given)
+    assert not_identity(found) and set(found.block(0).scales) == set(source.map.scaled)
+    assert all(before < 1e-9 for before, _ in block_loss(found))
+    rounded = transform.METHODS["flat"].learn(replace(given, weights=W4))
+    assert all(before > 1e-6 for before, _ in block_loss(rounded))
 
 
 def test_blocks_are_independent(tiny, ids):

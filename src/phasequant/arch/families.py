@@ -90,7 +90,7 @@ NORMED_QK = (
 )
 
 MEAN_OFF = "LayerNorms take off the mean: rotations run online, after the norms"
-NO_UP = "between fc1 and fc2 stands an activation that no scale goes through: fc2's input is not scaled"
+NO_UP = "the MLP has no gate, and no scale goes through its activation: the input of its second linear is not scaled"
 ONE_NORM = "attention and MLP read one norm: scales of the input are one for both"
 
 
@@ -197,6 +197,30 @@ FAMILIES: tuple[Family, ...] = (
     ),
     OPT,
     replace(OPT, name="OPT, no ReLU", up=None, when=(), notes=(MEAN_OFF, NO_UP)),
+    Family(
+        "GPT-NeoX",
+        ("gpt_neox",),
+        decoder="gpt_neox",
+        blocks="gpt_neox.layers",
+        embeddings="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        groups=(
+            GroupNames("qkv", ("attention.query_key_value",), "input_layernorm"),
+            GroupNames("o", ("attention.dense",)),
+            GroupNames("gate_up", ("mlp.dense_h_to_4h",), "post_attention_layernorm"),
+            GroupNames("down", ("mlp.dense_4h_to_h",)),
+        ),
+        norm="layer",
+        value=None,
+        up=None,
+        writers=("attention.dense", "mlp.dense_4h_to_h"),
+        notes=(
+            MEAN_OFF,
+            "q, k and v are rows of one linear: no map of values is folded (no R2), and o's input is not scaled",
+            NO_UP,
+        ),
+    ),
 )
 
 GROUPS = ("qkv", "o", "gate_up", "down")
