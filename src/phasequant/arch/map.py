@@ -17,6 +17,10 @@ from phasequant.arch.families import FAMILIES, Family, GroupNames
 from phasequant.errors import PhaseQuantError
 
 
+Place = tuple[int, str]
+"""(block, group)."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The integers of a decoder. `d_head` is not always `d_model / heads`."""

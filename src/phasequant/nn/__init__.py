@@ -6,6 +6,8 @@ from phasequant.nn.layout import (
     Activations,
     LowRank,
     ModelLayout,
+    PrefixLayout,
+    in_16_bits,
     lay_out,
     quant_linears,
     replace_module,
@@ -13,6 +15,7 @@ from phasequant.nn.layout import (
 )
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
+from phasequant.nn.prefix import attach_prefix, prefix_length, prefix_states, without_prefix
 
 __all__ = [
     "ATTENTION",
@@ -26,12 +29,18 @@ __all__ = [
     "PackedCache",
     "PackedLayer",
     "PackedStates",
+    "PrefixLayout",
     "QuantLinear",
     "attach",
+    "attach_prefix",
+    "in_16_bits",
     "kv_bytes_per_token",
     "kv_in_16_bits",
     "lay_out",
+    "prefix_length",
+    "prefix_states",
     "quant_linears",
     "replace_module",
     "set_activations",
+    "without_prefix",
 ]

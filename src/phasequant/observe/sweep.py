@@ -110,7 +110,7 @@ def _measure_noise(step: Step, model_map: ModelMap, grids: dict[str, QuantSpec],
     clean = [y for _, y in step.probe(NOISE_SEQUENCES)]
     for group, entry in zip(model_map.groups, stats, strict=True):
         for name, spec in grids.items():
-            with reading(step.block, group.linears, spec):
+            with reading(step.block, group.linears, spec.dynamic):
                 noisy = [y for _, y in step.probe(NOISE_SEQUENCES)]
             values = [relative_noise(a, b) for a, b in zip(noisy, clean, strict=True)]
             entry.noise[name] = float(torch.cat(values).median())
