@@ -2,7 +2,7 @@
 
 from phasequant.observe.gsr import gsr
 from phasequant.observe.massive import Outlier, Phase, outstanding, phases
-from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, TokenMap
+from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, SpikeMap, TokenMap
 from phasequant.observe.ranges import calibrate_ranges
 from phasequant.observe.residual import analysis_quantize, historical_snr, jump_ratio
 from phasequant.observe.spikes import Spikes, spike_ratio, token_absmax, token_spikes
@@ -15,6 +15,7 @@ __all__ = [
     "Outlier",
     "Phase",
     "Residual",
+    "SpikeMap",
     "Spikes",
     "TokenMap",
     "analysis_quantize",
