@@ -1,4 +1,4 @@
-"""Isolating spikes: a prefix is the same as its tokens in the text, whatever the batch; searches find what was planted."""
+"""Isolating spikes: a prefix is the same as its tokens in the text, whatever the batch; searches find what is there."""
 
 import json
 
@@ -116,7 +116,9 @@ def test_generate_with_and_without_cache_and_in_batches(name, tiny, ids, text_fi
     model = phasequant.quantize(tiny(name), recipe_of(text_file)).model
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 257, "eos_token_id": None}
     rows = [ids[0], ids[1][:5]]
-    alone = [model.generate(row[None], attention_mask=torch.ones(1, len(row)), **options)[0, len(row) :] for row in rows]
+    alone = [
+        model.generate(row[None], attention_mask=torch.ones(1, len(row)), **options)[0, len(row) :] for row in rows
+    ]
     for row, wanted in zip(rows, alone, strict=True):
         slow = model.generate(row[None], attention_mask=torch.ones(1, len(row)), use_cache=False, **options)
         assert torch.equal(slow[0, len(row) :], wanted)
@@ -152,7 +154,10 @@ def test_other_attention_is_refused(tiny, ids):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_save_and_load_with_a_prefix_and_static_grids(name, tiny, ids, text_file, tmp_path):
-    parts = {"activations": {"granularity": "tensor", "scales": "static", "bits": 8}, "exclude": {"method": "qfem", "alpha": 4.0}}
+    parts = {
+        "activations": {"granularity": "tensor", "scales": "static", "bits": 8},
+        "exclude": {"method": "qfem", "alpha": 4.0},
+    }
     run = phasequant.quantize(tiny(name), recipe_of(text_file, **parts))
     made = logits(run.model, ids)
     run.save(tmp_path / "out")
@@ -251,7 +256,7 @@ def test_begin_is_bos_or_eos():
 
 
 def test_mistakes_in_prefixes(tiny, text_file):
-    with pytest.raises(PhaseQuantError, match="prefix.tokens goes with prefix.method=tokens"):
+    with pytest.raises(PhaseQuantError, match=r"prefix\.tokens goes with prefix\.method=tokens"):
         Recipe.from_dict({"prefix": {"tokens": [1]}})
     with pytest.raises(PhaseQuantError, match="knows ids 0 to 257"):
         phasequant.quantize(tiny("llama"), recipe_of(text_file, prefix={"tokens": [999]}))
@@ -259,7 +264,7 @@ def test_mistakes_in_prefixes(tiny, text_file):
     source.tokenizer.bos_token = source.tokenizer.eos_token = None
     with pytest.raises(PhaseQuantError, match="no BOS and no EOS"):
         isolate.find_prefix(source.model, source.map, source.tokenizer, PrefixPart(method="bos"), None)
-    with pytest.raises(PhaseQuantError, match="set activations.bits below 16"):
+    with pytest.raises(PhaseQuantError, match=r"set activations\.bits below 16"):
         Recipe.from_dict({"exclude": {"method": "qfem"}})
     with pytest.raises(PhaseQuantError, match="changes nothing"):
         Recipe.from_dict({"exclude": {"method": "qfem", "bits": 8}, "activations": {"bits": 8}})

@@ -221,7 +221,9 @@ def observe_and_transform(
 
 def observe_raw(source: Source, recipe: Recipe, tokens: Int[Tensor, "sequences T"]) -> list[Observations]:
     """The model as it came, and (of a recipe with a prefix, which the model is given) behind its prefix."""
-    titles = ["raw"] if recipe.prefix.method == "none" or source.prefix is not None else ["raw", "raw, behind the prefix"]
+    titles = (
+        ["raw"] if recipe.prefix.method == "none" or source.prefix is not None else ["raw", "raw, behind the prefix"]
+    )
     found = []
     for title in titles:
         if title != "raw":
@@ -260,7 +262,7 @@ def renew_prefix(source: Source, recipe: Recipe) -> None:
 
 def with_excluded(plan: PrecisionPlan, transformed: "Transformed") -> PrecisionPlan:
     """The plan without the groups that QFeM leaves out of the low grid."""
-    source, part = transformed.source, transformed.recipe.exclude
+    part = transformed.recipe.exclude
     if part.method == "none":
         return plan
     ratios = {(g.block, g.group): g.spike_ratio for g in Seen(*transformed.observations).at("transformed").groups}
@@ -271,7 +273,7 @@ def with_excluded(plan: PrecisionPlan, transformed: "Transformed") -> PrecisionP
     spec = QuantSpec(8) if part.bits == 8 else None
     raised = {place: Raised(spec, why) for place, why in found.places.items()}
     how = "searched" if found.searched else "given"
-    note(f"qfem: {len(raised)} of {len(ratios)} groups left out, read in {part.bits} bits (alpha {found.alpha:.4g}, {how})")
+    note(f"qfem: {len(raised)} of {len(ratios)} groups read {part.bits} bits (alpha {found.alpha:.4g}, {how})")
     return replace(plan, raised={**plan.raised, **raised}, alpha=found.alpha)
 
 
@@ -305,7 +307,9 @@ def give_ranges(source: Source, recipe: Recipe, plan: PrecisionPlan) -> None:
         return
     tokens, _ = calibration_tokens(source, recipe)
     part = recipe.activations
-    grids = {place: spec if spec is not None and spec.static else low for place, spec in plan.activations.items()}
+    grids: dict[tuple[int, str], QuantSpec | None] = {
+        place: spec if spec is not None and spec.static else low for place, spec in plan.activations.items()
+    }
     observe.calibrate_ranges(
         source.model, source.map, tokens, grids, method=part.calibrate, percent=part.percentile, device=source.compute
     )  # fmt: skip
@@ -365,7 +369,8 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     ranks = {group.name: rank for group in model_map.groups if (rank := recipe.lowrank.rank_of(group.name))}
     lowrank = LowRank(ranks, recipe.lowrank.input == "rounded", str(stored).removeprefix("torch.")) if ranks else None
     kind = str(stored).removeprefix("torch.")
-    prefix = source.prefix and PrefixLayout(source.prefix.tokens, source.prefix.method, kind)
+    found = source.prefix
+    prefix = None if found is None else PrefixLayout(found.tokens, found.method, kind)
     layout = ModelLayout(plan.weights, layouts, plan.activations, _online_layout(model, model_map), lowrank, prefix)
     source.quantized = True
     mark_quantized(model, layout, str(stored).removeprefix("torch."))
@@ -502,11 +507,11 @@ def run(source: Source, recipe: Recipe, plan: PrecisionPlan | None = None) -> Qu
 
 __all__ = [
     "Quantized",
-    "give_prefix",
     "Transformed",
     "calibration_tokens",
     "check_plan",
     "finish",
+    "give_prefix",
     "learn",
     "observe_and_transform",
     "plan_and_transform",

@@ -26,8 +26,8 @@ DEMO = "demo"
 @dataclass
 class Source:
     """A model ready to be looked at: `name` is what the user typed, `quantized` whether it holds packed codes, `work`
-    the device that its blocks visit one at a time while the model stays in host memory. `prefix`: what the pipeline put before
-    every sequence."""
+    the device that its blocks visit one at a time while the model stays in host memory. `prefix`: what the
+    pipeline put before every sequence."""
 
     name: str
     model: PreTrainedModel

@@ -1,4 +1,4 @@
-"""Perplexity block by block: what a search needs of a model that stays in host memory while its blocks visit a device."""
+"""Perplexity block by block: for a search on a model that stays in host memory while its blocks visit a device."""
 
 import math
 

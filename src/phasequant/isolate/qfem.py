@@ -6,8 +6,8 @@ r"""QFeM: groups whose inputs a few tokens dominate are left out of the low grid
 Left out means that the *input* is read in 16 bits, or in 8 with a scale for every token; weights are quantized like the
 others. Ratios are taken where the quantizer stands: after the transform, behind the prefix if there is one.
 
-The authors' search of α was never released (methods.md §3). Ours: groups in the order of r; the fewest that must be left
-out for the perplexity on the calibration text to stay within `budget` of the 16-bit activations', found by bisection,
+The authors' search of α was never released (methods.md §3). Ours: groups in the order of r; the fewest that must be
+left out for the perplexity on the calibration text to stay within `budget` of the 16-bit activations', found by bisection,
 since leaving out more can only help but for noise; never more than `most` of all groups. Weights and KV are in 16 bits
 meanwhile. α is the geometric mean of the two ratios at the border. Costs about log2(groups) passes over the
 calibration text.
@@ -35,7 +35,9 @@ class Excluded:
 def exclude(ratios: Mapping[Place, float], alpha: float, *, searched: bool = False) -> Excluded:
     """The groups above a threshold."""
     order = sorted((place for place, r in ratios.items() if r > alpha), key=lambda place: -ratios[place])
-    why = {place: f"QFeM: its largest token is {ratios[place]:.4g} times its median one (> {alpha:.4g})" for place in order}
+    why = {
+        place: f"QFeM: its largest token is {ratios[place]:.4g} times its median one (> {alpha:.4g})" for place in order
+    }
     return Excluded(alpha, why, searched)
 
 

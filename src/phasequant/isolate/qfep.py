@@ -52,9 +52,7 @@ def input_absmax(
     return found[0].reshape(tokens.shape)
 
 
-def candidates(
-    absmax: Float[Tensor, "S T"], tokens: Int[Tensor, "S T"], begin: int | None, most: int
-) -> list[int]:
+def candidates(absmax: Float[Tensor, "S T"], tokens: Int[Tensor, "S T"], begin: int | None, most: int) -> list[int]:
     """Ids of the tokens that spike most, the begin token left out."""
     best: dict[int, float] = {}
     for row, ids in zip(absmax, tokens, strict=True):

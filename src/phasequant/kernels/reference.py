@@ -10,8 +10,9 @@ A fused kernel computes x·Aᵀ where it reads x to round it, and adds (x·Aᵀ)
 
 The inner sum is an integer. It is computed by a floating-point matrix product in a type wide enough to hold every
 partial sum exactly (fp32 below 2^24, else fp64), so its value depends neither on the order of summation nor on the
-machine. Scaling is fp32: first by s_w, then by s_x. A static grid has one s_x and z_x for all tokens. With 16-bit inputs,
-with one s_x a column, and where either grid is of floating-point codes, what the codes stand for is multiplied in fp32.
+machine. Scaling is fp32: first by s_w, then by s_x. A static grid has one s_x and z_x for all tokens. With 16-bit
+inputs, with one s_x a column, and where either grid is of floating-point codes, what the codes stand for is multiplied
+in fp32.
 
 Costs as much as a dense fp32 linear plus unpacking: it defines, it is not fast.
 """

@@ -1,5 +1,4 @@
-"""The attention function and the cache of models with a quantized KV or a prefix: registered with Transformers, no model
-patched.
+"""The attention function and the cache of models with a quantized KV or a prefix: registered with Transformers.
 
 Transformers calls `past_key_values.update(k, v, layer)` after RoPE and hands its result to the attention function. With
 our cache that result is packed; without a cache the function rounds k and v itself, to the same numbers. Attention

@@ -1,6 +1,6 @@
 r"""A prefix: tokens that stand before every sequence, of which only keys and values remain, in 16 bits.
 
-    attention of a user's token over   [ K_p ; K ],  [ V_p ; V ]          K_p, V_p (K, P, H), the same for every sequence
+    attention of a user's token over   [ K_p ; K ],  [ V_p ; V ]         K_p, V_p (K, P, H), the same for every sequence
 
 Each attention module holds its K_p (after RoPE) and V_p; the attention function puts them before the keys and values
 that it is given, visible to every token (also past a sliding window: a prefix is there to be seen by all). A KV grid
@@ -91,7 +91,8 @@ def _offset(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             f"{length} tokens: leave attn_implementation alone"
         )
     kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
-    given = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    ids = kwargs.get("input_ids")
+    given: Tensor = ids if isinstance(ids, Tensor) else kwargs["inputs_embeds"]
     tokens, positions, mask = given.shape[1], kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]

@@ -7,7 +7,8 @@ For a row x (or a group of a row) and b bits, with clip ratio c:
     asymmetric   q_max = 2^b - 1,      s = (c·max(x,0) - c·min(x,0)) / q_max,  z = round(-c·min(x,0)/s)
                  q = clamp(round(x/s) + z, 0, q_max),     x̂ = s·(q - z)
 
-A static grid takes max and min from calibration (`static_grid`). An all-zero row gets s = 1. Rounding is to nearest, ties to even (torch.round). The asymmetric range always includes
+A static grid takes max and min from calibration (`static_grid`). An all-zero row gets s = 1. Rounding is to nearest,
+ties to even (torch.round). The asymmetric range always includes
 zero, so that z is itself a code and fits the grid's own bits (QuaRot's group-wise variant does not do this; with it, z
 of an offset group is unbounded and cannot be stored).
 
@@ -175,9 +176,7 @@ def fake_quantize(
     return from_groups((codes - zero[..., None]) * scale[..., None], x.shape, spec)
 
 
-def static_grid(
-    calibrated: Float[Tensor, "2 m"], spec: QuantSpec
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+def static_grid(calibrated: Float[Tensor, "2 m"], spec: QuantSpec) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
     """Scale and zero point of a static grid from its calibrated (lowest, highest) values: one of a tensor, one for
     each column. The clip is a fraction of them."""
     low, high = calibrated

@@ -117,7 +117,9 @@ class Observations:
                 outliers=[Outlier(**m) for m in rest.pop("outliers")],
                 phases=[_phase(p) for p in rest.pop("phases")],
                 token_map=TokenMap(**rest.pop("token_map")),
-                spikes=SpikeMap(**{**(s := rest.pop("spikes", {})), "rows": [SpikeRow(**r) for r in s.get("rows", [])]}),
+                spikes=SpikeMap(
+                    **{**(s := rest.pop("spikes", {})), "rows": [SpikeRow(**r) for r in s.get("rows", [])]}
+                ),
                 **rest,
             )
         except (KeyError, TypeError) as error:

@@ -201,7 +201,9 @@ def spiking(report: Json) -> Json | None:
     yaxis = {"autorange": "reversed", "type": "category", "title": {"text": "input of block, group"}}
     layout = {"yaxis": yaxis, "coloraxis": _log_colors(values), "margin": {"t": ABOVE}}
     title = _bar_title("largest value / median token's")
-    return _figure(data, height, xaxis={"title": {"text": "token"}, "showticklabels": False}, annotations=[title], **layout)
+    return _figure(
+        data, height, xaxis={"title": {"text": "token"}, "showticklabels": False}, annotations=[title], **layout
+    )
 
 
 def _short(text: str) -> str:

@@ -159,9 +159,7 @@ def about_prefix(report: Json) -> str:
     prefix, behind = report.get("prefix"), report["observations"].get("isolated")
     if not prefix or not behind:
         return ""
-    tops = [
-        max(side["groups"], key=lambda g: g["spike_ratio"]) for side in (report["observations"]["raw"], behind)
-    ]
+    tops = [max(side["groups"], key=lambda g: g["spike_ratio"]) for side in (report["observations"]["raw"], behind)]
     texts = " ".join(map(repr, prefix["texts"]))
     before, after = (f"{top['spike_ratio']:,.1f} (block {top['block']}, {top['group']})" for top in tops)
     return (
