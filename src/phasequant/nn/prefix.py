@@ -124,7 +124,7 @@ def attach_prefix(model: PreTrainedModel, model_map: ModelMap, states: States) -
         decoder.register_forward_pre_hook(_offset, with_kwargs=True)
     setattr(decoder, LENGTH, states[0][0].shape[1])
     model.config._attn_implementation = NAME
-    decoder.config._attn_implementation = NAME  # type: ignore[union-attr]
+    decoder.config._attn_implementation = NAME
 
 
 @contextmanager
