@@ -129,7 +129,7 @@ def test_plans_can_be_edited_by_hand():
         (lambda v: v["raised"].update({"3.qkv": {"bit": 8}}), "bits"),
         (lambda v: v.update(rased={}), "did you mean 'raised'"),
         (lambda v: v.update(raised=["0.qkv"]), "must be an object"),
-        (lambda v: v["low"].update(granularity="group", group_size=8), "per token or tensor, not per group"),
+        (lambda v: v["low"].update(granularity="group", group_size=8), "per token or tensor or column, not per group"),
         (lambda v: v["low"].update(clip="mse"), "weights only"),
         (lambda v: v["low"].update(bits=4.5), "not valid"),
         (lambda v: v["low"].update(symmetric="no"), "not valid"),

@@ -184,7 +184,7 @@ def test_moments_of_full_rounded_and_mixed_inputs():
     for kind, hessian in wanted.items():
         found = Moments(16, torch.device("cpu"), kind)
         for part in parts:
-            found.add(part, spec)
+            found.add(part, lambda x: fake_quantize(x, spec))
         torch.testing.assert_close(found.hessian, hessian)
         assert found.tokens == 150
 

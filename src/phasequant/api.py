@@ -131,7 +131,7 @@ def describe(
     cost: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The parts of a report that a run's observations give."""
-    raw, transformed = observations
+    raw, *isolated, transformed = observations
     policy = recipe.policy
     seen = Seen(*observations)
     tau_jr, tau_snr = thresholds(policy, seen.at(policy.coordinates))
@@ -149,7 +149,12 @@ def describe(
             "first_token": policy.first_token,
             "given": policy.tau_jr is not None and policy.tau_snr is not None,
         },
-        "observations": {"raw": raw.to_dict(), "transformed": transformed.to_dict()},
+        "prefix": source.prefix and source.prefix.to_dict(),
+        "observations": {
+            "raw": raw.to_dict(),
+            **({"isolated": isolated[0].to_dict()} if isolated else {}),
+            "transformed": transformed.to_dict(),
+        },
     }
 
 
@@ -177,7 +182,7 @@ def analyze(
     source = as_source(model, device, tokenizer, stream=True)
     made = pipeline.observe_and_transform(source, wanted, raw=True, transformed=True, noise=True)
     plans = plans_of(wanted, source.map, Seen(*made.observations))
-    plan = plans[wanted.policy.name]
+    plan = plans[wanted.policy.name] = pipeline.with_excluded(plans[wanted.policy.name], made)
     report = {
         **describe(source, wanted, made.transform, made.observations, made.calibration, made.cost),
         "plan": plan.to_dict(),

@@ -199,20 +199,23 @@ class _Comparison:
         made = pipeline.observe_and_transform(self._copy(), wanted[0], raw=raw, transformed=True, noise=noise)
         seen = Seen(*made.observations)
         plans: dict[str, PrecisionPlan] = {
-            recipe.policy.name: make_plan(recipe, self.source.map, seen) for recipe in wanted
+            recipe.policy.name: pipeline.with_excluded(make_plan(recipe, self.source.map, seen), made)
+            for recipe in wanted
         }
         return self._measure(name, wanted, made, plans)
 
-    def learned(self, name: str, recipe: Recipe, drafts: dict[str, Seen]) -> list[dict[str, Any]]:
-        """One plan, and the transform learned for it. `drafts`: observations of the transform at all-low, for plans."""
-        plan = None
-        if recipe.policy.name in ("threshold", "budget") and "draft" not in drafts:
+    def learned(self, name: str, recipe: Recipe, drafts: dict[str, pipeline.Transformed]) -> list[dict[str, Any]]:
+        """One plan, and the transform learned for it. `drafts`: the transform at all-low, for plans."""
+        needed = recipe.policy.name in ("threshold", "budget") or recipe.exclude.method != "none"
+        if needed and "draft" not in drafts:
             raw = recipe.policy.coordinates == "raw"
-            draft = pipeline.observe_and_transform(
+            drafts["draft"] = pipeline.observe_and_transform(
                 self._copy(), recipe, raw=raw, transformed=True, noise=True, rough=True
             )
-            drafts["draft"] = Seen(*draft.observations)
-        plan = make_plan(recipe, self.source.map, drafts.get("draft"))
+        draft = drafts.get("draft")
+        plan = make_plan(recipe, self.source.map, None if draft is None else Seen(*draft.observations))
+        if draft is not None:
+            plan = pipeline.with_excluded(plan, draft)
         made = pipeline.observe_and_transform(self._copy(), recipe, raw=False, transformed=True, noise=False, plan=plan)
         return self._measure(name, [recipe], made, {recipe.policy.name: plan})
 
@@ -260,7 +263,7 @@ def compare(
     comparison = _Comparison(source, tokens, rows)
     found: list[dict[str, Any]] = []
     for name, recipe in lists.items():
-        drafts: dict[str, Seen] = {}
+        drafts: dict[str, pipeline.Transformed] = {}
         wanted = [recipe.with_(policy={"name": policy, "a8_share": a8_share}) for policy in policies]
         if recipe.activations.bits == FULL:
             wanted = [recipe.with_("policy.name=uniform")]

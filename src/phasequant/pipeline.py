@@ -1,4 +1,6 @@
-"""The walk: source → observe → plan → transform → weights → a quantized model in memory.
+"""The walk: source → observe → isolate → plan → transform → weights → a quantized model in memory.
+
+A prefix is found first, on the raw model: all that is measured or learned later sees it.
 
 A plan is made before what is learned for it: a transform that does not see bits (QuaRot, FRTQ …) is applied first and
 the plan made in its coordinates; one that does (FlatQuant, SpinQuant, learned clips) is drafted at all-low on a copy,
@@ -18,25 +20,29 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phasequant import observe, text, transform, weight
+from phasequant import isolate, observe, text, transform, weight
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import mark_quantized, save
 from phasequant.console import note, warn
 from phasequant.demo_model import cache_folder
 from phasequant.errors import PhaseQuantError
+from phasequant.evaluate import streamed_perplexity
 from phasequant.nn import (
     KVLayout,
     KVQuantizer,
     LowRank,
     ModelLayout,
+    PrefixLayout,
     QuantLinear,
     attach,
+    attach_prefix,
+    prefix_states,
     quant_linears,
     set_activations,
 )
 from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
-from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan, Seen, make_plan
+from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan, Raised, Seen, make_plan
 from phasequant.recipe import Recipe
 from phasequant.source import Source
 from phasequant.surroundings import Cost, measured
@@ -187,12 +193,12 @@ def observe_and_transform(
         tokens, calibration = calibration_tokens(source, recipe)
     if raw:
         assert tokens is not None
-        observations.append(
-            observe.sweep(source.model, source.map, tokens, tokenizer=source.tokenizer, device=source.compute)
-        )
+        observations = observe_raw(source, recipe, tokens)
+    give_prefix(source, recipe)
     given = plan or make_plan(recipe.with_("policy.name=uniform"), source.map, None)
     chosen, cost = learn(source, recipe, given, rough=rough)
     transform.apply(source.model, source.map, chosen, source.compute, storage_dtype(recipe, source))
+    renew_prefix(source, recipe)
     for step in chosen.describe(source.map):
         if step["rung"] in ("block-hadamard", "random-orthogonal"):
             note(f"{step['name']} ({step['place']}): no Hadamard matrix of this width; taken: {step['matrix']}")
@@ -211,6 +217,102 @@ def observe_and_transform(
             )
         )
     return Transformed(source, recipe, chosen, observations, calibration, cost)
+
+
+def observe_raw(source: Source, recipe: Recipe, tokens: Int[Tensor, "sequences T"]) -> list[Observations]:
+    """The model as it came, and (of a recipe with a prefix, which the model is given) behind its prefix."""
+    titles = (
+        ["raw"] if recipe.prefix.method == "none" or source.prefix is not None else ["raw", "raw, behind the prefix"]
+    )
+    found = []
+    for title in titles:
+        if title != "raw":
+            give_prefix(source, recipe)
+        found.append(
+            observe.sweep(
+                source.model,
+                source.map,
+                tokens,
+                coordinates=title,
+                tokenizer=source.tokenizer,
+                device=source.compute,
+            )
+        )
+    return found
+
+
+def give_prefix(source: Source, recipe: Recipe) -> None:
+    """Find the recipe's prefix on the raw model, once, and put it before everything that the model reads from now."""
+    part = recipe.prefix
+    if part.method == "none" or source.prefix is not None:
+        return
+    tokens = calibration_tokens(source, recipe)[0] if part.method in ("qfep", "prefixquant") else None
+    source.prefix = isolate.find_prefix(source.model, source.map, source.tokenizer, part, tokens, source.compute)
+    shown = " ".join(repr(text) for text in source.prefix.texts)
+    note(f"prefix ({part.method}): {len(source.prefix.tokens)} tokens, {shown}")
+    renew_prefix(source, recipe)
+
+
+def renew_prefix(source: Source, recipe: Recipe) -> None:
+    """Keys and values of the prefix as the model, in its present basis, makes them."""
+    if source.prefix is not None:
+        states = prefix_states(source.model, source.map, source.prefix.tokens, storage_dtype(recipe, source))
+        attach_prefix(source.model, source.map, states)
+
+
+def with_excluded(plan: PrecisionPlan, transformed: "Transformed") -> PrecisionPlan:
+    """The plan without the groups that QFeM leaves out of the low grid."""
+    part = transformed.recipe.exclude
+    if part.method == "none":
+        return plan
+    ratios = {(g.block, g.group): g.spike_ratio for g in Seen(*transformed.observations).at("transformed").groups}
+    if part.alpha is not None:
+        found = isolate.exclude(ratios, part.alpha)
+    else:
+        found = _search_alpha(plan, transformed, ratios)
+    spec = QuantSpec(8) if part.bits == 8 else None
+    raised = {place: Raised(spec, why) for place, why in found.places.items()}
+    how = "searched" if found.searched else "given"
+    note(f"qfem: {len(raised)} of {len(ratios)} groups read {part.bits} bits (alpha {found.alpha:.4g}, {how})")
+    return replace(plan, raised={**plan.raised, **raised}, alpha=found.alpha)
+
+
+def _search_alpha(
+    plan: PrecisionPlan, transformed: "Transformed", ratios: dict[tuple[int, str], float]
+) -> isolate.Excluded:
+    """QFeM's search on the transformed model: activations on the plan's grids, weights and KV in 16 bits."""
+    source, recipe = transformed.source, transformed.recipe
+    model, model_map = source.model, source.map
+    tokens, _ = calibration_tokens(source, recipe)
+    left = QuantSpec(8) if recipe.exclude.bits == 8 else None
+    limit = streamed_perplexity(model, model_map, tokens, source.compute, "16-bit activations")
+    limit *= 1 + recipe.exclude.budget
+    give_ranges(source, recipe, plan)
+
+    def perplexity(places: frozenset[tuple[int, str]]) -> float:
+        chosen = {place: left if place in places else spec for place, spec in plan.activations.items()}
+        set_activations(model, model_map, chosen)
+        return streamed_perplexity(model, model_map, tokens, source.compute, f"{len(places)} groups left out")
+
+    try:
+        return isolate.search_alpha(ratios, perplexity, limit, recipe.exclude.most)
+    finally:
+        set_activations(model, model_map, dict.fromkeys(plan.activations))
+
+
+def give_ranges(source: Source, recipe: Recipe, plan: PrecisionPlan) -> None:
+    """Calibrate the static grids of a plan: of every group, also of those that another plan may read low."""
+    low = plan.low
+    if low is None or not low.static:
+        return
+    tokens, _ = calibration_tokens(source, recipe)
+    part = recipe.activations
+    grids: dict[tuple[int, str], QuantSpec | None] = {
+        place: spec if spec is not None and spec.static else low for place, spec in plan.activations.items()
+    }
+    observe.calibrate_ranges(
+        source.model, source.map, tokens, grids, method=part.calibrate, percent=part.percentile, device=source.compute
+    )  # fmt: skip
 
 
 def storage_dtype(recipe: Recipe, source: Source) -> torch.dtype:
@@ -249,6 +351,7 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     plan = with_learned_clips(plan, chosen)
     stored = storage_dtype(recipe, source)
     _round_dense(model, stored, but_linears=plan.weights is not None)
+    give_ranges(source, recipe, plan)
     set_activations(model, model_map, plan.activations)
     layouts: dict[int, KVLayout] = {}
     if plan.kv is not None:
@@ -265,7 +368,10 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
         weights = _quantize_weights(source, recipe, plan.weights, chosen)
     ranks = {group.name: rank for group in model_map.groups if (rank := recipe.lowrank.rank_of(group.name))}
     lowrank = LowRank(ranks, recipe.lowrank.input == "rounded", str(stored).removeprefix("torch.")) if ranks else None
-    layout = ModelLayout(plan.weights, layouts, plan.activations, _online_layout(model, model_map), lowrank)
+    kind = str(stored).removeprefix("torch.")
+    found = source.prefix
+    prefix = None if found is None else PrefixLayout(found.tokens, found.method, kind)
+    layout = ModelLayout(plan.weights, layouts, plan.activations, _online_layout(model, model_map), lowrank, prefix)
     source.quantized = True
     mark_quantized(model, layout, str(stored).removeprefix("torch."))
     origin = {
@@ -276,6 +382,7 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
         "a8_share": plan.a8_share,
         "learning": transformed.cost,
         "weights": weights,
+        "prefix": source.prefix and source.prefix.to_dict(),
     }
     return Quantized(model, source.tokenizer, model_map, recipe, plan, chosen, transformed.observations, origin)
 
@@ -361,26 +468,28 @@ def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, Pre
     """The recipe's plan, observing only what its policy needs, and its transform, learned for that plan."""
     name, raw_only = recipe.policy.name, recipe.policy.coordinates == "raw"
     raw = name == "threshold" and raw_only
-    after = name in NEEDS_OBSERVATIONS and not raw
-    noise = name in NEEDS_NOISE
+    after = (name in NEEDS_OBSERVATIONS and not raw) or recipe.exclude.method != "none"
+    noise = name in NEEDS_NOISE and recipe.policy.score == "noise"
     if not sees_plan(recipe):
         made = observe_and_transform(source, recipe, raw=raw, transformed=after, noise=noise)
         seen = Seen(*made.observations) if made.observations else None
-        return made, make_plan(recipe, source.map, seen)
+        return made, with_excluded(make_plan(recipe, source.map, seen), made)
     # A plan comes before what is learned for it: it is made on a copy, which carries the transform learned at all-low.
     observations: list[Observations] = []
     calibration = None
     if raw:
         check_fresh(source)
         tokens, calibration = calibration_tokens(source, recipe)
-        observations = [
-            observe.sweep(source.model, source.map, tokens, tokenizer=source.tokenizer, device=source.compute)
-        ]
+        observations = observe_raw(source, recipe, tokens)
+    give_prefix(source, recipe)
+    draft = None
     if after:
         copied = replace(source, model=copy.deepcopy(source.model))
         draft = observe_and_transform(copied, recipe, raw=False, transformed=True, noise=noise, rough=True)
-        observations, calibration = draft.observations, draft.calibration
+        observations, calibration = [*observations, *draft.observations], draft.calibration
     plan = make_plan(recipe, source.map, Seen(*observations) if observations else None)
+    if draft is not None:
+        plan = with_excluded(plan, draft)
     made = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
     return replace(made, observations=observations, calibration=calibration), plan
 
@@ -402,9 +511,11 @@ __all__ = [
     "calibration_tokens",
     "check_plan",
     "finish",
+    "give_prefix",
     "learn",
     "observe_and_transform",
     "plan_and_transform",
     "run",
     "sees_plan",
+    "with_excluded",
 ]

@@ -202,7 +202,18 @@ class ActivationsPart(_Part):
     format: Literal["int", "nvfp4", "mxfp4", "fp8"] = Field(
         "int", description="int; nvfp4, mxfp4 (4 bits, a scale for 16 or 32 values) and fp8 (E4M3, a scale a token)"
     )
-    granularity: Literal["token", "tensor"] = Field("token", description="one dynamic scale per token, or per call")
+    granularity: Literal["token", "tensor", "channel"] = Field(
+        "token", description="values that share a scale: a token's, a whole call's, or (static) a channel's"
+    )
+    scales: Literal["dynamic", "static"] = Field(
+        "dynamic", description="dynamic: from the values present; static: calibrated once (tensor or channel)"
+    )
+    calibrate: Literal["absmax", "percentile", "mse"] = Field(
+        "absmax", description="static: the largest value seen, a percentile of them, or what rounds with least error"
+    )
+    percentile: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        99.99, description="static, percentile: of the magnitudes"
+    )
     symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
     clip: Literal["learned"] | Fraction = Field(
         1.0, description="largest magnitude kept, as a fraction of the largest present; learned: by group and block"
@@ -215,6 +226,10 @@ class ActivationsPart(_Part):
             self.format != "int" and (not self.symmetric or self.granularity != "token")
         ):
             raise ValueError(f"activations.format={self.format} is {bits} bits, symmetric, with scales of its own")
+        if self.scales == "static" and self.granularity == "token":
+            raise ValueError("activations.scales=static needs activations.granularity=tensor or channel")
+        if self.scales == "dynamic" and self.granularity == "channel":
+            raise ValueError("activations.granularity=channel is calibrated: it needs activations.scales=static")
         return self
 
     def spec(self) -> QuantSpec | None:
@@ -223,7 +238,9 @@ class ActivationsPart(_Part):
             return None
         if self.format != "int":
             return QuantSpec.floating(self.format, _start(self.clip))
-        return QuantSpec(self.bits, self.symmetric, self.granularity, None, _start(self.clip))
+        granularity = "column" if self.granularity == "channel" else self.granularity
+        static = self.scales == "static"
+        return QuantSpec(self.bits, self.symmetric, granularity, None, _start(self.clip), static=static)
 
 
 class KvPart(_Part):
@@ -263,6 +280,11 @@ class PolicyPart(_Part):
         "auto", description="their grid: int (auto where activations are), or fp8 (auto where activations are fp4)"
     )
     clip: Fraction = Field(1.0, description="clip of raised groups, which have codes to spare for the largest values")
+    score: Literal["noise", "ratio"] = Field(
+        "noise",
+        description="budget: ranks by the noise a group's low grid adds, or by QFeM's max-median ratio; each by "
+        "multiply-add",
+    )
     a8_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.125, description="budget: largest share of the linear multiply-adds that may be raised"
     )
@@ -277,13 +299,37 @@ class PolicyPart(_Part):
 class PrefixPart(_Part):
     """Tokens whose keys and values stay in 16 bits before every sequence."""
 
-    method: Literal["none"] = Field("none", description="none (QFeP and PrefixQuant come in a later version)")
+    method: Literal["none", "qfep", "prefixquant", "bos", "tokens"] = Field(
+        "none",
+        description="none; qfep (begin, a context and a token, searched); prefixquant (frequent outlier tokens, then "
+        "begin); bos (begin alone); tokens (those of prefix.tokens)",
+    )
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="tokens: their ids")
+    candidates: Annotated[int, Field(ge=1)] = Field(3, description="qfep: spiking tokens that are tried")
+    contexts: Annotated[int, Field(ge=1)] = Field(200, description="qfep: frequent tokens tried before each")
+    eta: Annotated[float, Field(gt=1.0)] = Field(
+        64.0, description="prefixquant: an outlier token exceeds this many medians of down's input"
+    )
 
 
 class ExcludePart(_Part):
-    """Modules that are left unquantized."""
+    """Groups of linears whose inputs are left out of the low grid because a few tokens dominate them."""
 
-    method: Literal["none"] = Field("none", description="none (QFeM comes in a later version)")
+    method: Literal["none", "qfem"] = Field(
+        "none", description="none; qfem: where the largest token exceeds the median one by more than alpha"
+    )
+    alpha: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="qfem: the threshold; null: searched, the largest that keeps to the budget"
+    )
+    budget: Annotated[float, Field(ge=0.0)] = Field(
+        0.01, description="qfem, searched: perplexity on the calibration text may rise by this fraction of 16 bits'"
+    )
+    most: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.25, description="qfem, searched: at most this fraction of all groups is left out"
+    )
+    bits: Literal[8, 16] = Field(
+        16, description="what excluded inputs are read in: 16, or 8 with a scale for every token"
+    )
 
 
 class CalibrationPart(_Part):
@@ -335,6 +381,13 @@ class Recipe(_Part):
         spin = method == "spin"
         if self.lowrank.method != "none" and self.weights.bits == 16:
             raise ValueError("lowrank goes beside codes: set weights.bits below 16")
+        if (self.prefix.method == "tokens") != bool(self.prefix.tokens):
+            raise ValueError("prefix.tokens goes with prefix.method=tokens, and only with it")
+        if self.exclude.method != "none":
+            if self.activations.bits == 16:
+                raise ValueError("exclude leaves inputs out of a grid: set activations.bits below 16")
+            if self.exclude.bits == 8 and self.activations.bits == 8 and self.activations.granularity == "token":
+                raise ValueError("exclude.bits=8 changes nothing where all inputs read 8 bits a token: set it to 16")
         if (method == "load") != (self.transform.file is not None):
             raise ValueError("transform.file goes with transform.method=load, and only with it")
         raised = self.policy.format

@@ -17,6 +17,7 @@ from phasequant.checkpoint import is_checkpoint, load
 from phasequant.console import note
 from phasequant.demo_model import demo_gguf
 from phasequant.errors import PhaseQuantError
+from phasequant.isolate import Prefix
 from phasequant.nn import is_capped, switch_attention
 from phasequant.surroundings import hushed_transformers, pick_device
 
@@ -26,7 +27,8 @@ DEMO = "demo"
 @dataclass
 class Source:
     """A model ready to be looked at: `name` is what the user typed, `quantized` whether it holds packed codes, `work`
-    the device that its blocks visit one at a time while the model stays in host memory."""
+    the device that its blocks visit one at a time while the model stays in host memory. `prefix`: what the
+    pipeline put before every sequence."""
 
     name: str
     model: PreTrainedModel
@@ -34,6 +36,7 @@ class Source:
     map: ModelMap
     quantized: bool = False
     work: torch.device | None = None
+    prefix: Prefix | None = None
 
     @property
     def compute(self) -> torch.device:

@@ -16,6 +16,9 @@ from transformers import PretrainedConfig
 from phasequant.arch.families import FAMILIES, Family, GroupNames
 from phasequant.errors import PhaseQuantError
 
+Place = tuple[int, str]
+"""(block, group)."""
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -5,7 +5,7 @@ import torch
 from phasequant.errors import PhaseQuantError
 from phasequant.kernels.contract import Kernel, LinearSpec, LinearTensors
 from phasequant.kernels.int8_cpu import Int8Cpu
-from phasequant.kernels.reference import Reference, dense_weight
+from phasequant.kernels.reference import Reference, dense_weight, round_input
 
 KERNELS: tuple[Kernel, ...] = (Int8Cpu(), Reference())
 """In order of preference."""
@@ -25,4 +25,4 @@ def choose(spec: LinearSpec, device: torch.device, name: str | None = None) -> K
     raise PhaseQuantError(f"no kernel runs {spec} on {device}: {'; '.join(reasons) or f'unknown; there are {known}'}")
 
 
-__all__ = ["KERNELS", "Kernel", "LinearSpec", "LinearTensors", "choose", "dense_weight"]
+__all__ = ["KERNELS", "Kernel", "LinearSpec", "LinearTensors", "choose", "dense_weight", "round_input"]

@@ -30,7 +30,7 @@ class LinearSpec:
 @dataclass(frozen=True, slots=True)
 class LinearTensors:
     """What a linear holds: packed codes with scales and zero points (O, G), or dense weights (O, I); of its branch
-    A (r, I) and B (O, r)."""
+    A (r, I) and B (O, r); of a static input grid its calibrated (lowest, highest), (2, 1) or (2, I)."""
 
     dense: Tensor | None = None
     packed: Tensor | None = None
@@ -39,6 +39,7 @@ class LinearTensors:
     bias: Tensor | None = None
     down: Tensor | None = None
     up: Tensor | None = None
+    input_range: Tensor | None = None
 
 
 @runtime_checkable

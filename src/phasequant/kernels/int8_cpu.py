@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.kernels.contract import LinearSpec, LinearTensors
-from phasequant.kernels.reference import EXACT_FP32, add_rest
-from phasequant.numerics import grid, round_to_codes, unpack
+from phasequant.kernels.reference import EXACT_FP32, add_rest, input_grid
+from phasequant.numerics import round_to_codes, unpack
 
 
 class Int8Cpu:
@@ -29,8 +29,8 @@ class Int8Cpu:
             return False, "needs integer grids"
         if not (spec.weight.symmetric and spec.input.symmetric):
             return False, "needs symmetric grids"
-        if spec.weight.granularity == "group" or spec.input.granularity == "group":
-            return False, "has one scale a row, not one a group"
+        if spec.weight.granularity == "group" or spec.input.granularity in ("group", "column"):
+            return False, "has one scale a row, not one a group or column"
         if spec.in_features * spec.input.reach * spec.weight.reach > EXACT_FP32:
             return False, "the sums may exceed 2^24, where fp32 scaling would round them"
         return True, "exact int32 sums"
@@ -41,7 +41,7 @@ class Int8Cpu:
         assert weights.packed is not None and weights.scale is not None
         wide = torch.promote_types(x.dtype, torch.float32)
         values = x.to(wide)
-        s_x, z_x = grid(values, spec.input)
+        s_x, z_x = input_grid(values, weights, spec)
         q_x = round_to_codes(values, s_x, z_x, spec.input).reshape(-1, spec.in_features)
         q_w = unpack(weights.packed, spec.in_features, spec.weight)
         sums = torch._int_mm(q_x, q_w.T).reshape(*x.shape[:-1], spec.out_features)

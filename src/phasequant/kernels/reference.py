@@ -10,8 +10,9 @@ A fused kernel computes x·Aᵀ where it reads x to round it, and adds (x·Aᵀ)
 
 The inner sum is an integer. It is computed by a floating-point matrix product in a type wide enough to hold every
 partial sum exactly (fp32 below 2^24, else fp64), so its value depends neither on the order of summation nor on the
-machine. Scaling is fp32: first by s_w, then by s_x. With 16-bit inputs, and where either
-grid is of floating-point codes, what the codes stand for is multiplied in fp32.
+machine. Scaling is fp32: first by s_w, then by s_x. A static grid has one s_x and z_x for all tokens. With 16-bit
+inputs, with one s_x a column, and where either grid is of floating-point codes, what the codes stand for is multiplied
+in fp32.
 
 Costs as much as a dense fp32 linear plus unpacking: it defines, it is not fast.
 """
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.kernels.contract import LinearSpec, LinearTensors
-from phasequant.numerics import QuantSpec, dequantize, fake_quantize, grid, round_to_codes, unpack
+from phasequant.numerics import QuantSpec, dequantize, fake_quantize, grid, round_to_codes, static_grid, unpack
 
 EXACT_FP32 = 2**24
 
@@ -30,6 +31,26 @@ def centred_codes(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Te
     """q - z of every value, in the precision of `x` (integers)."""
     codes = round_to_codes(x, scale, zero, spec).to(x.dtype)
     return codes if spec.symmetric else codes - zero
+
+
+def input_grid(x: Tensor, weights: LinearTensors, spec: LinearSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that the input is read on: from its own range, or from the calibrated one."""
+    assert spec.input is not None
+    if not spec.input.static:
+        return grid(x, spec.input)
+    assert weights.input_range is not None, "a static grid needs its calibrated range"
+    return static_grid(weights.input_range.to(x), spec.input)
+
+
+def round_input(x: Tensor, weights: LinearTensors, spec: LinearSpec) -> Tensor:
+    """The input as its grid rounds it; as it comes where it has none."""
+    if spec.input is None:
+        return x
+    calibrated = None
+    if spec.input.static:
+        assert weights.input_range is not None, "a static grid needs its calibrated range"
+        calibrated = weights.input_range.to(x)
+    return fake_quantize(x, spec.input, calibrated)
 
 
 def dense_weight(weights: LinearTensors, spec: LinearSpec) -> Float[Tensor, "O I"]:
@@ -46,7 +67,7 @@ def add_rest(y: Tensor, x: Tensor, weights: LinearTensors, spec: LinearSpec) -> 
     """y + (x·Aᵀ)·Bᵀ + b, of these what there is; `x` is the input before rounding, `y` in the type computed in."""
     if spec.rank:
         assert weights.down is not None and weights.up is not None
-        read = fake_quantize(x, spec.input) if spec.branch_rounded and spec.input is not None else x
+        read = round_input(x, weights, spec) if spec.branch_rounded else x
         y = y + (read @ weights.down.to(y).T) @ weights.up.to(y).T
     return y if weights.bias is None else y + weights.bias.to(y)
 
@@ -64,12 +85,16 @@ class Reference:
         """The definition."""
         wide = torch.promote_types(x.dtype, torch.float32)
         values = x.to(wide)
-        if spec.input is None or spec.weight is None or not (spec.weight.is_int and spec.input.is_int):
-            if spec.input is not None:
-                values = fake_quantize(values, spec.input)
-            return add_rest(values @ dense_weight(weights, spec).to(wide).T, x.to(wide), weights, spec).to(x.dtype)
+        if (
+            spec.input is None
+            or spec.weight is None
+            or not (spec.weight.is_int and spec.input.is_int)
+            or spec.input.granularity == "column"
+        ):
+            read = round_input(values, weights, spec)
+            return add_rest(read @ dense_weight(weights, spec).to(wide).T, values, weights, spec).to(x.dtype)
         assert weights.packed is not None and weights.scale is not None and weights.zero is not None
-        s_x, z_x = grid(values, spec.input)
+        s_x, z_x = input_grid(values, weights, spec)
         q_x = centred_codes(values, s_x, z_x, spec.input)
         codes = unpack(weights.packed, spec.in_features, spec.weight).to(wide)
         groups = spec.weight.groups(spec.in_features)

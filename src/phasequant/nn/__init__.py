@@ -14,6 +14,8 @@ from phasequant.nn.layout import (
     Activations,
     LowRank,
     ModelLayout,
+    PrefixLayout,
+    in_16_bits,
     lay_out,
     quant_linears,
     replace_module,
@@ -21,6 +23,7 @@ from phasequant.nn.layout import (
 )
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
+from phasequant.nn.prefix import attach_prefix, prefix_length, prefix_states, without_prefix
 from phasequant.nn.softcap import is_capped
 
 __all__ = [
@@ -35,14 +38,20 @@ __all__ = [
     "PackedCache",
     "PackedLayer",
     "PackedStates",
+    "PrefixLayout",
     "QuantLinear",
     "attach",
+    "attach_prefix",
+    "in_16_bits",
     "is_capped",
     "kv_bytes_per_token",
     "kv_in_16_bits",
     "lay_out",
+    "prefix_length",
+    "prefix_states",
     "quant_linears",
     "replace_module",
     "set_activations",
     "switch_attention",
+    "without_prefix",
 ]

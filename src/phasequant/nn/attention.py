@@ -1,4 +1,4 @@
-"""The attention function and the cache of models with a quantized KV: registered with Transformers, no model patched.
+"""The attention function and the cache of models with a quantized KV or a prefix: registered with Transformers.
 
 Transformers calls `past_key_values.update(k, v, layer)` after RoPE and hands its result to the attention function. With
 our cache that result is packed; without a cache the function rounds k and v itself, to the same numbers. Attention
@@ -25,24 +25,30 @@ from phasequant.arch import ModelMap
 from phasequant.console import warn
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
+from phasequant.nn.prefix import NAME, PREFIX, before
 from phasequant.nn.softcap import attend
 
-ATTENTION = "phasequant"
+ATTENTION = NAME
 SLOT = "kv_quantizer"  # the attribute of an attention module
 
 
 def quantized_attention(
     module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """SDPA over keys and values that went through the KV grid. query (B,N,T,H); key, value (B,K,T,H) or packed."""
+    """SDPA over the prefix, if there is one, and keys and values that went through the KV grid, if there is one.
+    query (B,N,T,H); key, value (B,K,T,H) or packed."""
     quantizer = getattr(module, SLOT, None)
-    if quantizer is None or not quantizer.enabled:
-        return attend(module, query, key, value, attention_mask, **options)
-    if not isinstance(key, PackedStates):
-        key, value = quantizer.encode(key, value)
-    keys = quantizer.decode(key, query.dtype)
-    values = quantizer.decode(value, query.dtype)
-    return attend(module, quantizer.rotate_queries(query), keys, values, attention_mask, **options)
+    if quantizer is not None and quantizer.enabled:
+        if not isinstance(key, PackedStates):
+            key, value = quantizer.encode(key, value)
+        key, value = quantizer.decode(key, query.dtype), quantizer.decode(value, query.dtype)
+        query = quantizer.rotate_queries(query)
+    else:
+        quantizer = None
+    prefix = getattr(module, PREFIX, None)
+    if prefix is not None:
+        key, value, attention_mask = before(prefix, quantizer, query, key, value, attention_mask)
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(ATTENTION, quantized_attention)

@@ -4,7 +4,8 @@ It is what `config.json` carries: from it and the architecture's config an empty
 have to be filled in. The pipeline builds the same modules from live tensors, so what is saved is what was measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from phasequant.nn.attention import attach, switch_attention
 from phasequant.nn.kv import KVLayout, KVQuantizer
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
+from phasequant.nn.prefix import attach_prefix
 from phasequant.nn.softcap import is_capped
 from phasequant.numerics import QuantSpec
 
@@ -49,6 +51,25 @@ class LowRank:
         return cls(ranks, bool(values["rounded"]), str(values["dtype"]))
 
 
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Tokens that stand before every sequence, whose 16-bit keys and values the checkpoint holds; who chose them."""
+
+    tokens: tuple[int, ...]
+    method: str
+    dtype: str = "bfloat16"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], model_map: ModelMap) -> "PrefixLayout":
+        """Checked: ids that the model knows, a type that keys may have."""
+        tokens = tuple(int(token) for token in values["tokens"])
+        if not tokens or not all(0 <= token < model_map.shape.vocab for token in tokens):
+            raise PhaseQuantError(f"the config gives a prefix of tokens {tokens}")
+        if values["dtype"] not in ("bfloat16", "float16", "float32"):
+            raise PhaseQuantError(f"the config gives the prefix the type '{values['dtype']}'")
+        return cls(tokens, str(values["method"]), str(values["dtype"]))
+
+
 @dataclass
 class ModelLayout:
     """`online`: group → `OnlineMap.layout()`, the same in every block. `weights`: the grid of all codes."""
@@ -58,6 +79,7 @@ class ModelLayout:
     activations: Activations = field(default_factory=dict)
     online: dict[str, dict[str, Any]] = field(default_factory=dict)
     lowrank: LowRank | None = None
+    prefix: PrefixLayout | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `config.json`: the commonest activation grid once, others and clips by name."""
@@ -84,6 +106,7 @@ class ModelLayout:
             },
             "online": self.online,
             "lowrank": self.lowrank and {**vars(self.lowrank), "ranks": dict(self.lowrank.ranks)},
+            "prefix": self.prefix and {**vars(self.prefix), "tokens": list(self.prefix.tokens)},
         }
 
     def _kv_clips(self) -> list[list[float]]:
@@ -126,6 +149,7 @@ class ModelLayout:
                 activations=activations,
                 online={group: dict(entry) for group, entry in values["online"].items()},
                 lowrank=None if (branch := values.get("lowrank")) is None else LowRank.from_dict(branch, model_map),
+                prefix=None if (given := values.get("prefix")) is None else PrefixLayout.from_dict(given, model_map),
             )
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise PhaseQuantError(
@@ -172,11 +196,32 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
         replace_module(model, name, module)
     if is_capped(model, model_map):
         switch_attention(model, model_map)
+    device = next(model.parameters()).device
     if layout.kv:
-        device = next(model.parameters()).device
         attach(model, model_map, lambda block: KVQuantizer(layout.kv[block], model_map.shape.d_head, device))
+    if layout.prefix is not None:
+        shape = model_map.shape
+        size = (shape.kv_heads, len(layout.prefix.tokens), shape.d_head)
+        kind = getattr(torch, layout.prefix.dtype)
+        attach_prefix(model, model_map, [
+            (torch.empty(size, dtype=kind, device=device), torch.empty(size, dtype=kind, device=device))
+            for _ in model_map.blocks
+        ])  # fmt: skip
 
 
 def quant_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     """Every `QuantLinear` with its name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+@contextmanager
+def in_16_bits(module: nn.Module) -> Iterator[None]:
+    """Activations of a model or block in 16 bits for a while."""
+    kept = [(linear, linear.input_spec) for _, linear in quant_linears(module)]
+    for linear, _ in kept:
+        linear.input_spec = None
+    try:
+        yield
+    finally:
+        for linear, spec in kept:
+            linear.input_spec = spec

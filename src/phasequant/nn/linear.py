@@ -2,6 +2,8 @@
 
     y = W̃ · Q( online(x) ) + B·A·online(x) + b          B·A: a low-rank branch in 16 bits, where there is one
 
+Q takes its range from each token (or call), or is static: calibrated, in `input_range`.
+
 On disk and in memory the weights are codes (two to a byte up to 4 bits) with fp32 scales (out, groups) and, where the
 grid is asymmetric, zero points; FP4 codes have their own 8-bit scales (bytes), and NVFP4's second one. With 16-bit
 weights the tensor is `weight_dense`: never `weight`, so that a loader that does not know this package finds nothing it
@@ -15,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phasequant.errors import PhaseQuantError
-from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight
+from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight, round_input
 from phasequant.nn.online import OnlineMap
 from phasequant.numerics import QuantSpec, pack, packed_width, read_scales, store_scales
 
@@ -29,6 +31,7 @@ class QuantLinear(nn.Module):
     weight_global: Tensor | None
     lowrank_down: Tensor | None
     lowrank_up: Tensor | None
+    input_range: Tensor | None
 
     def __init__(
         self,
@@ -64,9 +67,15 @@ class QuantLinear(nn.Module):
         up = torch.empty(out_features, rank, dtype=branch_dtype, device=device) if rank else None
         self.register_buffer("lowrank_down", down)
         self.register_buffer("lowrank_up", up)
+        self.register_buffer("input_range", self._empty_range(input_spec, device))
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False)
+
+    def _empty_range(self, spec: QuantSpec | None, device: torch.device | None) -> Tensor | None:
+        if spec is None or not spec.static:
+            return None
+        return torch.empty(2, self.in_features if spec.granularity == "column" else 1, device=device)
 
     def _register_codes(self, spec: QuantSpec | None, device: torch.device | None) -> None:
         packed = scale = zero = second = None
@@ -118,6 +127,15 @@ class QuantLinear(nn.Module):
         self.lowrank_down, self.lowrank_up, self.branch_rounded = down.clone(), up.clone(), rounded
         self._rank_laid_out = len(down)
 
+    def set_range(self, calibrated: Float[Tensor, "2 m"] | None) -> None:
+        """What a static input grid reads: the lowest and highest value, of all columns or of each."""
+        device = next(b for b in (self.weight_dense, self.weight_packed) if b is not None).device
+        self.input_range = None if calibrated is None else calibrated.to(device, torch.float32, copy=True)
+
+    def rounded(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows I"]:
+        """A prepared input as its grid rounds it; as it comes where it has none."""
+        return round_input(x, self.tensors, self.spec)
+
     @property
     def rank(self) -> int:
         """Of the low-rank branch; 0 where there is none."""
@@ -132,6 +150,8 @@ class QuantLinear(nn.Module):
             expected = {"weight_packed": packed, "weight_scale": scales, "weight_zero": scales, "weight_global": (1,)}
         expected["lowrank_down"] = (self._rank_laid_out, self.in_features)
         expected["lowrank_up"] = (self.out_features, self._rank_laid_out)
+        if self.input_spec is not None and self.input_spec.static:
+            expected["input_range"] = (2, self.in_features if self.input_spec.granularity == "column" else 1)
         for key, shape in expected.items():
             tensor = getattr(self, key)
             if tensor is not None and tuple(tensor.shape) != shape:
@@ -163,6 +183,7 @@ class QuantLinear(nn.Module):
             self.bias,
             self.lowrank_down,
             self.lowrank_up,
+            self.input_range,
         )
 
     def dense_weight(self) -> Float[Tensor, "O I"]:

@@ -10,6 +10,7 @@ from phasequant.numerics.integer import (
     quantize,
     round_to_codes,
     round_values,
+    static_grid,
 )
 from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
@@ -38,6 +39,7 @@ __all__ = [
     "round_values",
     "spreading_mix",
     "spreading_rotation",
+    "static_grid",
     "store_scales",
     "straight_through",
     "unpack",

@@ -7,7 +7,8 @@ For a row x (or a group of a row) and b bits, with clip ratio c:
     asymmetric   q_max = 2^b - 1,      s = (c·max(x,0) - c·min(x,0)) / q_max,  z = round(-c·min(x,0)/s)
                  q = clamp(round(x/s) + z, 0, q_max),     x̂ = s·(q - z)
 
-An all-zero row gets s = 1. Rounding is to nearest, ties to even (torch.round). The asymmetric range always includes
+A static grid takes max and min from calibration (`static_grid`). An all-zero row gets s = 1. Rounding is to nearest,
+ties to even (torch.round). The asymmetric range always includes
 zero, so that z is itself a code and fits the grid's own bits (QuaRot's group-wise variant does not do this; with it, z
 of an offset group is unbounded and cannot be stored).
 
@@ -19,6 +20,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from phasequant.errors import PhaseQuantError
 from phasequant.numerics.floating import e2m1_values, float_scale, round_float
 from phasequant.numerics.spec import QuantSpec
 
@@ -28,10 +30,18 @@ SEARCHED_AT_ONCE = 2**18  # values: the search's temporaries stay in a CPU's cac
 
 
 def to_groups(x: Float[Tensor, "*rows width"], spec: QuantSpec) -> Float[Tensor, "*shared G n"]:
-    """View `x` so that the values of the last axis share one scale. A per-tensor grid becomes one row of one group."""
+    """View `x` so that the values of the last axis share one scale. A per-tensor grid becomes one row of one group, a
+    per-column one a row for each."""
     if spec.granularity == "tensor":
         return x.reshape(1, -1)
+    if spec.granularity == "column":
+        return x.reshape(-1, x.shape[-1]).T
     return x.unflatten(-1, (spec.groups(x.shape[-1]), -1))
+
+
+def from_groups(grouped: Shaped[Tensor, "*shared G n"], shape: torch.Size, spec: QuantSpec) -> Shaped[Tensor, "..."]:
+    """The inverse of `to_groups`."""
+    return (grouped.T if spec.granularity == "column" else grouped).reshape(shape)
 
 
 def _range_to_grid(low: Tensor, high: Tensor, spec: QuantSpec, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -72,6 +82,8 @@ def grid(
     without it every row has its own.
     """
     grouped = to_groups(x, spec)
+    if spec.static:
+        raise PhaseQuantError(f"the grid '{spec}' has a calibrated range, and none was given")
     low = grouped.amin(-1).clamp(max=0)
     high = grouped.amax(-1).clamp(min=0)
     if ratio is not None:
@@ -111,7 +123,7 @@ def round_to_codes(
 ) -> Shaped[Tensor, "*rows width"]:
     """Codes of `x` on a given grid, of `codes_type`."""
     codes, _ = round_values(to_groups(x, spec), scale[..., None], zero[..., None], spec)
-    return codes.reshape(x.shape).to(codes_type(spec))
+    return from_groups(codes, x.shape, spec).to(codes_type(spec))
 
 
 def codes_type(spec: QuantSpec) -> torch.dtype:
@@ -151,12 +163,21 @@ def dequantize(
     """x̂ = s·(q - z), in the scale's precision."""
     fp4 = spec.kind in ("nvfp4", "mxfp4")
     grouped = to_groups(e2m1_values(codes, scale.dtype) if fp4 else codes.to(scale.dtype), spec)
-    return ((grouped - zero[..., None]) * scale[..., None]).reshape(codes.shape)
+    return from_groups((grouped - zero[..., None]) * scale[..., None], codes.shape, spec)
 
 
-def fake_quantize(x: Float[Tensor, "*rows width"], spec: QuantSpec) -> Float[Tensor, "*rows width"]:
-    """Round `x` to its grid and back: what a reader of the codes sees."""
-    scale, zero = grid(x, spec)
+def fake_quantize(
+    x: Float[Tensor, "*rows width"], spec: QuantSpec, calibrated: Float[Tensor, "2 m"] | None = None
+) -> Float[Tensor, "*rows width"]:
+    """Round `x` to its grid and back: what a reader of the codes sees. `calibrated`: the range of a static grid."""
+    scale, zero = grid(x, spec) if calibrated is None else static_grid(calibrated, spec)
     grouped = to_groups(x, spec)
     codes = _round_to_grid(grouped, scale[..., None], zero[..., None], spec)
-    return ((codes - zero[..., None]) * scale[..., None]).reshape(x.shape)
+    return from_groups((codes - zero[..., None]) * scale[..., None], x.shape, spec)
+
+
+def static_grid(calibrated: Float[Tensor, "2 m"], spec: QuantSpec) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Scale and zero point of a static grid from its calibrated (lowest, highest) values: one of a tensor, one for
+    each column. The clip is a fraction of them."""
+    low, high = calibrated
+    return _range_to_grid(low.clamp(max=0) * float(spec.clip), high.clamp(min=0) * float(spec.clip), spec)

@@ -1,12 +1,12 @@
 """`QuantSpec`: one grid, described. Everything that rounds a tensor is told how by one of these."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from phasequant.errors import PhaseQuantError, did_you_mean
 
-GRANULARITIES = ("tensor", "token", "channel", "group")
+GRANULARITIES = ("tensor", "token", "channel", "group", "column")
 FLOATS = {"nvfp4": (4, "group", 16), "mxfp4": (4, "group", 32), "fp8": (8, "token", None)}
 """Floating-point kinds: bits, granularity, group size."""
 KINDS = ("int", *FLOATS)
@@ -20,8 +20,11 @@ class QuantSpec:
     - `bits`: 2 to 8.
     - `symmetric`: codes -2^(b-1) … 2^(b-1)-1 around zero; else 0 … 2^b-1 with a zero point.
     - `granularity`: how many values share a scale. `tensor`: all of them; `token` and `channel`: one row of the last
-      axis (the same geometry, named for activations and for weights); `group`: `group_size` neighbours of a row.
+      axis (the same geometry, named for activations and for weights); `group`: `group_size` neighbours of a row;
+      `column`: one position of the last axis over all rows (a channel of activations).
     - `clip`: the largest magnitude kept, as a fraction of the largest present; `"mse"` searches it (weights only).
+    - `static`: the largest present is not looked for in each call; it was calibrated and stands beside the
+      weights. Activations per tensor or column.
     """
 
     bits: int = 4
@@ -30,6 +33,7 @@ class QuantSpec:
     group_size: int | None = None
     clip: float | Literal["mse"] = 1.0
     kind: str = "int"
+    static: bool = False
 
     @classmethod
     def floating(cls, kind: str, clip: float | Literal["mse"] = 1.0) -> "QuantSpec":
@@ -38,7 +42,11 @@ class QuantSpec:
         return cls(bits, True, granularity, size, clip, kind)
 
     def __post_init__(self) -> None:
-        for name, value, kind in (("bits", self.bits, int), ("symmetric", self.symmetric, bool)):
+        for name, value, kind in (
+            ("bits", self.bits, int),
+            ("symmetric", self.symmetric, bool),
+            ("static", self.static, bool),
+        ):
             if type(value) is not kind:
                 raise PhaseQuantError(
                     f"{name} must be {'a whole number' if kind is int else 'true or false'}: {value!r}"
@@ -63,10 +71,18 @@ class QuantSpec:
             )
         if (self.granularity == "group") != (self.group_size is not None):
             raise PhaseQuantError("group_size goes with granularity 'group', and only with it")
+        if self.static and self.granularity not in ("tensor", "column"):
+            raise PhaseQuantError(f"static scales are per tensor or column, not per {self.granularity}")
         if self.group_size is not None and self.group_size < 1:
             raise PhaseQuantError(f"group_size must be positive, not {self.group_size}")
         if self.clip != "mse" and not 0.0 < float(self.clip) <= 1.0:
             raise PhaseQuantError(f"clip is a fraction in (0, 1], not {self.clip}")
+
+    @property
+    def dynamic(self) -> "QuantSpec":
+        """The same grid with its range taken from the values that pass: what stands in for a static one where nothing
+        is calibrated yet (learning, searching)."""
+        return replace(self, static=False) if self.static else self
 
     @property
     def is_int(self) -> bool:
@@ -116,4 +132,5 @@ class QuantSpec:
         if self.kind in FLOATS:
             return f"{self.kind}, clip {self.clip}"
         shape = self.granularity if self.group_size is None else f"group {self.group_size}"
-        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} per {shape}, clip {self.clip}"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"int{self.bits} {'static ' if self.static else ''}{kind} per {shape}, clip {self.clip}"

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
-from phasequant.numerics.integer import to_groups
+from phasequant.numerics.integer import from_groups, to_groups
 from phasequant.numerics.spec import QuantSpec
 
 
@@ -50,7 +50,8 @@ def straight_through(
     x: Float[Tensor, "*rows width"], spec: QuantSpec, ratio: Float[Tensor, "..."] | None = None
 ) -> Float[Tensor, "*rows width"]:
     """`x` rounded to its grid, with a gradient to `x` and to `ratio`, the clip ratio that replaces the grid's own
-    (broadcast against the grid's scales, *rows × G)."""
+    (broadcast against the grid's scales, *rows × G). A static grid is taken as one whose range is that of `x`."""
+    spec = spec.dynamic
     if not spec.is_int:
         raise PhaseQuantError(f"nothing can be learned through {spec.kind} grids yet: take integer ones")
     grouped = to_groups(x, spec)
@@ -68,4 +69,4 @@ def straight_through(
         zero = exact + (exact.round() - exact).detach()
         zero = zero.clamp(0, spec.highest)
     y = _RoundToGrid.apply(grouped, scale[..., None], zero[..., None], spec.lowest, spec.highest)
-    return y.reshape(x.shape)
+    return from_groups(y, x.shape, spec)

@@ -2,9 +2,10 @@
 
 from phasequant.observe.gsr import gsr
 from phasequant.observe.massive import Outlier, Phase, outstanding, phases
-from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, TokenMap
+from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, SpikeMap, TokenMap
+from phasequant.observe.ranges import calibrate_ranges
 from phasequant.observe.residual import analysis_quantize, historical_snr, jump_ratio
-from phasequant.observe.spikes import spike_ratio, token_absmax
+from phasequant.observe.spikes import Spikes, spike_ratio, token_absmax, token_spikes
 from phasequant.observe.sweep import sweep
 
 __all__ = [
@@ -14,8 +15,11 @@ __all__ = [
     "Outlier",
     "Phase",
     "Residual",
+    "SpikeMap",
+    "Spikes",
     "TokenMap",
     "analysis_quantize",
+    "calibrate_ranges",
     "gsr",
     "historical_snr",
     "jump_ratio",
@@ -24,4 +28,5 @@ __all__ = [
     "spike_ratio",
     "sweep",
     "token_absmax",
+    "token_spikes",
 ]

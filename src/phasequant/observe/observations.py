@@ -55,6 +55,30 @@ class TokenMap:
 
 
 @dataclass
+class SpikeRow:
+    """One group's input: the channel of its largest value, and each token's largest magnitude in medians of its
+    sequence."""
+
+    block: int
+    group: str
+    channel: int
+    times: list[float]
+
+
+@dataclass
+class SpikeMap:
+    """Tokens that dominate linear inputs: a column a token, a row a group."""
+
+    tokens: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[SpikeRow] = field(default_factory=list)
+
+    def row(self, block: int, group: str) -> SpikeRow:
+        """One group's row."""
+        return next(r for r in self.rows if (r.block, r.group) == (block, group))
+
+
+@dataclass
 class Observations:
     """One sweep of one model. `coordinates`: raw, or after which transform; `snr`: by bits ("4", "8"). Of phases and
     outliers only the strongest are kept."""
@@ -70,6 +94,7 @@ class Observations:
     outliers: list[Outlier] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     token_map: TokenMap = field(default_factory=TokenMap)
+    spikes: SpikeMap = field(default_factory=SpikeMap)
 
     def group(self, block: int, group: str) -> GroupStats:
         """One group's numbers."""
@@ -92,6 +117,9 @@ class Observations:
                 outliers=[Outlier(**m) for m in rest.pop("outliers")],
                 phases=[_phase(p) for p in rest.pop("phases")],
                 token_map=TokenMap(**rest.pop("token_map")),
+                spikes=SpikeMap(
+                    **{**(s := rest.pop("spikes", {})), "rows": [SpikeRow(**r) for r in s.get("rows", [])]}
+                ),
                 **rest,
             )
         except (KeyError, TypeError) as error:

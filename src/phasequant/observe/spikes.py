@@ -7,8 +7,15 @@ The median is torch's lower one, as in the authors' code. A grid shared by all t
 1000 leaves the median token a thousandth of it.
 """
 
-from jaxtyping import Float
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from phasequant.arch import ModelMap
+from phasequant.stream import BlockStream
 
 
 def token_absmax(x: Float[Tensor, "*sequences T n"]) -> Float[Tensor, "*sequences T"]:
@@ -19,3 +26,34 @@ def token_absmax(x: Float[Tensor, "*sequences T n"]) -> Float[Tensor, "*sequence
 def spike_ratio(absmax: Float[Tensor, "sequences T"]) -> float:
     """QFeM's r of one linear input."""
     return float((absmax.amax(-1) / absmax.median(-1).values.clamp(min=1e-20)).mean())
+
+
+Spikes = Mapping[tuple[int, str], Float[Tensor, "sequences T"]]
+"""(block, group) → token-wise absmax of what its linears read."""
+
+
+@torch.no_grad()
+def token_spikes(
+    model: PreTrainedModel,
+    model_map: ModelMap,
+    tokens: Int[Tensor, "sequences T"],
+    device: torch.device | None = None,
+) -> Spikes:
+    """Token-wise absmax of every group's input, in one sweep."""
+    found: dict[tuple[int, str], Tensor] = {}
+    stream = BlockStream(model, model_map, tokens, device)
+    for step in stream.steps("spikes"):
+        seen: dict[str, list[Tensor]] = {group.name: [] for group in model_map.groups}
+
+        def keeper(rows: list[Tensor]) -> Callable[..., None]:
+            return lambda module, args: rows.append(token_absmax(args[0][0]).float().cpu())
+
+        hooks = [
+            step.block.get_submodule(group.linears[0]).register_forward_pre_hook(keeper(seen[group.name]))
+            for group in model_map.groups
+        ]
+        step.drain()
+        for hook in hooks:
+            hook.remove()
+        found |= {(step.index, name): torch.stack(rows) for name, rows in seen.items()}
+    return found

@@ -21,7 +21,7 @@ from phasequant.numerics import QuantSpec
 from phasequant.observe.gsr import gsr
 from phasequant.observe.massive import LARGE, Outlier, outstanding, phases
 from phasequant.observe.noise import relative_noise
-from phasequant.observe.observations import Curve, GroupStats, Observations, TokenMap
+from phasequant.observe.observations import Curve, GroupStats, Observations, SpikeMap, SpikeRow, TokenMap
 from phasequant.observe.residual import historical_snr, jump_ratio
 from phasequant.observe.spikes import spike_ratio, token_absmax
 from phasequant.stream import BlockStream, Step
@@ -32,6 +32,7 @@ MAP_TOKENS = 48
 KEEP_PHASES = 64
 KEEP_OUTLIERS = 512  # the strongest: a rotated residual spreads one massive value over every channel
 MAP_SEQUENCES = 4
+SPIKE_SEQUENCES = 32
 
 
 def _mean(curve: Curve, values: Tensor) -> None:
@@ -46,6 +47,7 @@ class _Inputs:
     def __init__(self, block: nn.Module, model_map: ModelMap) -> None:
         self.gsr: dict[str, list[Tensor]] = {g.name: [] for g in model_map.groups}
         self.absmax: dict[str, list[Tensor]] = {g.name: [] for g in model_map.groups}
+        self.peak: dict[str, tuple[float, int]] = {g.name: (-1.0, 0) for g in model_map.groups}
         self._hooks = [
             block.get_submodule(group.linears[0]).register_forward_pre_hook(self._keeper(group.name))
             for group in model_map.groups
@@ -58,7 +60,11 @@ class _Inputs:
                 x = module.prepare(x)
             x = x.to(torch.float32)
             self.gsr[group].append(gsr(x))
-            self.absmax[group].append(token_absmax(x))
+            absmax = token_absmax(x)
+            self.absmax[group].append(absmax)
+            token = int(absmax.argmax())
+            if float(absmax[token]) > self.peak[group][0]:
+                self.peak[group] = float(absmax[token]), int(x[token].abs().argmax())
 
         return keep
 
@@ -110,7 +116,7 @@ def _measure_noise(step: Step, model_map: ModelMap, grids: dict[str, QuantSpec],
     clean = [y for _, y in step.probe(NOISE_SEQUENCES)]
     for group, entry in zip(model_map.groups, stats, strict=True):
         for name, spec in grids.items():
-            with reading(step.block, group.linears, spec):
+            with reading(step.block, group.linears, spec.dynamic):
                 noisy = [y for _, y in step.probe(NOISE_SEQUENCES)]
             values = [relative_noise(a, b) for a, b in zip(noisy, clean, strict=True)]
             entry.noise[name] = float(torch.cat(values).median())
@@ -138,6 +144,32 @@ class _TokenMaps:
         )
 
 
+class _SpikeMaps:
+    """Token-wise absmax of every group's input, for the tokens of the first sequences that dominate any most."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str, int, Tensor]] = []
+
+    def add(self, block: int, inputs: _Inputs) -> None:
+        for group, rows in inputs.absmax.items():
+            absmax = torch.stack(rows[:SPIKE_SEQUENCES]).cpu()
+            times = absmax / absmax.median(-1, keepdim=True).values.clamp(min=1e-20)
+            self.rows.append((block, group, inputs.peak[group][1], times))
+
+    def result(self, tokens: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> SpikeMap:
+        score = torch.stack([times for *_, times in self.rows]).amax(0)
+        best = score.flatten().topk(min(MAP_TOKENS, score.numel())).indices.sort().values
+        places = [(int(i) // score.shape[1], int(i) % score.shape[1]) for i in best]
+        return SpikeMap(
+            tokens=[token_text(int(tokens[s, t]), tokenizer) for s, t in places],
+            places=places,
+            rows=[
+                SpikeRow(block, group, channel, [float(f"{times[s, t]:.4g}") for s, t in places])
+                for block, group, channel, times in self.rows
+            ],
+        )
+
+
 def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """A token as a person reads it."""
     return str(token) if tokenizer is None else tokenizer.decode([token])
@@ -159,7 +191,7 @@ def sweep(
     stream = BlockStream(model, model_map, tokens, device)
     found = Observations(coordinates, model_map.shape.blocks, tokens.shape[0], tokens.shape[1])
     found.snr = {str(bits): Curve() for bits in BITS}
-    maps = _TokenMaps()
+    maps, spikes = _TokenMaps(), _SpikeMaps()
     outliers: list[Outlier] = []
 
     def depth(hidden: list[Tensor], block: int) -> None:
@@ -190,6 +222,7 @@ def sweep(
                 noise_ratios[bits].append(historical_snr(x, update, bits))
             largest = max(largest, float(update.abs().max()))
         inputs.close()
+        spikes.add(step.index, inputs)
         _mean(found.jump_ratio, torch.stack(ratios))
         for bits in BITS:
             _mean(found.snr[str(bits)], torch.stack(noise_ratios[bits]))
@@ -203,4 +236,5 @@ def sweep(
     found.phases = phases(outliers, found.blocks)[:KEEP_PHASES]
     found.outliers = sorted(outliers, key=lambda entry: -entry.times)[:KEEP_OUTLIERS]
     found.token_map = maps.result(tokens, tokenizer)
+    found.spikes = spikes.result(tokens, tokenizer)
     return found

@@ -5,7 +5,8 @@ r"""Policies: from observations to the groups that read more bits.
     threshold   its rule S = {ℓ : JR_ℓ > τ_JR and SNR_ℓ < τ_SNR} (Eq 20), every group of those blocks. The paper gives
                 no τ; without given ones τ_JR = median + IQR and τ_SNR = median - IQR over the blocks are taken
     budget      groups in order of noise removed per multiply-add, until the share is spent. The noise of a group is
-                what its own low-bit input adds to the residual stream (observe.noise)
+                what its own low-bit input adds to the residual stream (observe.noise); policy.score=ratio puts
+                QFeM's max-median ratio in its place (observe.spikes)
 
 A policy is a function (recipe part, map, observations) → {place: why}. Stronger planners are more such functions.
 """
@@ -15,11 +16,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
-from phasequant.arch import GROUPS, ModelMap
+from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
-from phasequant.plan.precision import Place, PrecisionPlan, Raised
+from phasequant.plan.precision import PrecisionPlan, Raised
 from phasequant.recipe import PolicyPart, Recipe
 
 LOW = "low"  # the name of the noise measured on the recipe's own activation grid
@@ -29,7 +30,8 @@ class Seen:
     """Observations by coordinates; asking for what was not observed is a bug of the pipeline."""
 
     def __init__(self, *observations: Observations) -> None:
-        self._by = {("raw" if o.coordinates == "raw" else "transformed"): o for o in observations}
+        # Of raw ones the last: behind the prefix, where there is one.
+        self._by = {("raw" if o.coordinates.startswith("raw") else "transformed"): o for o in observations}
 
     def at(self, coordinates: str) -> Observations:
         """`raw` or `transformed`; the raw ones serve both where nothing was transformed."""
@@ -89,9 +91,10 @@ def budget(policy: PolicyPart, model_map: ModelMap, seen: Seen | None) -> dict[P
     """Greedy: most noise removed per multiply-add first, skipping what no longer fits."""
     assert seen is not None
     groups = seen.at("transformed").groups
-    if any(LOW not in g.noise for g in groups):
+    if policy.score == "noise" and any(LOW not in g.noise for g in groups):
         raise PhaseQuantError("these observations have no noise by group, which 'budget' ranks by: observe again")
-    ranked = sorted(groups, key=lambda g: -g.noise[LOW] / model_map.macs(g.group))
+    by_noise = policy.score == "noise"
+    ranked = sorted(groups, key=lambda g: -(g.noise[LOW] if by_noise else g.spike_ratio) / model_map.macs(g.group))
     left = policy.a8_share * model_map.macs_total * (1 + 1e-9)
     chosen: dict[Place, str] = {}
     for rank, g in enumerate(ranked, start=1):
@@ -99,10 +102,12 @@ def budget(policy: PolicyPart, model_map: ModelMap, seen: Seen | None) -> dict[P
         if cost <= left:
             left -= cost
             share = 100 * cost / model_map.macs_total
-            noise = 10 * math.log10(max(g.noise[LOW], 1e-30))
+            said = f"its largest token is {g.spike_ratio:.1f} times its median one"
+            if by_noise:
+                noise = 10 * math.log10(max(g.noise[LOW], 1e-30))
+                said = f"its low grid adds noise of {noise:.1f} dB to the residual stream"
             chosen[g.block, g.group] = (
-                f"rank {rank} of {len(ranked)}: its low grid adds noise of {noise:.1f} dB to the residual stream, "
-                f"and it is {share:.2f} % of the multiply-adds"
+                f"rank {rank} of {len(ranked)}: {said}, and it is {share:.2f} % of the multiply-adds"
             )
     return chosen
 

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from phasequant.arch import GROUPS, ModelMap
+from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.nn import Activations
 from phasequant.numerics import QuantSpec
 
-Place = tuple[int, str]
-KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised", "clips")
+KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised", "clips", "alpha")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Raised:
 @dataclass(frozen=True)
 class PrecisionPlan:
     """Weights, KV, and every group's activations of one model. None means 16 bits. `clips`: what was learned for single
-    groups, instead of their grid's own clip."""
+    groups, instead of their grid's own clip. `alpha`: QFeM's threshold, where it left groups out."""
 
     policy: str
     model: ModelMap
@@ -38,6 +37,7 @@ class PrecisionPlan:
     low: QuantSpec | None = None
     raised: Mapping[Place, Raised] = field(default_factory=dict)
     clips: Mapping[Place, float] = field(default_factory=dict)
+    alpha: float | None = None
 
     def spec(self, block: int, group: str) -> QuantSpec | None:
         """The grid that a group reads."""
@@ -75,6 +75,7 @@ class PrecisionPlan:
                 for (block, group), entry in sorted(self.raised.items(), key=_order)
             },
             "clips": {f"{block}.{group}": clip for (block, group), clip in sorted(self.clips.items(), key=_order)},
+            "alpha": self.alpha,
         }
 
     def to_json(self) -> str:
@@ -120,6 +121,7 @@ class PrecisionPlan:
             low,
             raised,
             _clips(values.get("clips") or {}, model_map),
+            _alpha(values.get("alpha")),
         )
 
     @classmethod
@@ -148,6 +150,12 @@ def _clips(values: Any, model_map: ModelMap) -> dict[Place, float]:
     return found
 
 
+def _alpha(value: Any) -> float | None:
+    if value is not None and not isinstance(value, (int, float)):
+        raise PhaseQuantError(f"the plan's alpha is a number (or null), not {value!r}")
+    return value
+
+
 def _place(name: Any, model_map: ModelMap, verb: str) -> Place:
     block, _, group = str(name).partition(".")
     if group not in GROUPS or not block.isdecimal() or int(block) not in model_map.blocks:
@@ -158,7 +166,7 @@ def _place(name: Any, model_map: ModelMap, verb: str) -> Place:
     return int(block), group
 
 
-ROLES = {"weights": ("channel", "group"), "kv": ("group",), "activations": ("token", "tensor")}
+ROLES = {"weights": ("channel", "group"), "kv": ("group",), "activations": ("token", "tensor", "column")}
 """What may share a scale, by what is quantized."""
 
 
@@ -172,6 +180,10 @@ def _spec(values: Any, place: str, role: str, widths: tuple[int, ...] = ()) -> Q
             raise PhaseQuantError(f"{role} cannot be {spec.kind}")
         if spec.is_int and spec.granularity not in ROLES[role]:
             raise PhaseQuantError(f"{role} are quantized per {' or '.join(ROLES[role])}, not per {spec.granularity}")
+        if spec.static and role != "activations":
+            raise PhaseQuantError("only activations can have static scales")
+        if spec.granularity == "column" and not spec.static:
+            raise PhaseQuantError("a scale a column is static: nothing can take it from the tokens that pass")
         if spec.clip == "mse" and role != "weights":
             raise PhaseQuantError("clip 'mse' is for weights only")
         for width in widths:

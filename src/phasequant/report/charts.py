@@ -19,16 +19,25 @@ BANDS = 6  # phases that are drawn; the table has all
 HOVER = "after block %{x}: %{y:.4g}, channel %{customdata}"
 ABOVE = 72  # pixels for a colour bar and its title
 BIT_COLORS = ("#8fa9bf", "#D55E00", "#CC79A7", "#009E73")
-SIDES = (("#D55E00", "solid"), ("#0072B2", "dash"))
+SIDES = (("#D55E00", "solid"), ("#0072B2", "dash"), ("#009E73", "dot"))
 GROUPS = (("#0072B2", "solid"), ("#D55E00", "dash"), ("#009E73", "dot"), ("#CC79A7", "dashdot"))
 FIRST = {"without": "without_first", "with": "all_tokens"}
 GSR_KINDS = {"mean": "gsr", "p99": "gsr_p99", "weight": "gsr_weight"}
 
 
 def sides(report: Json) -> list[Json]:
-    """The observations to compare: raw and transformed, or raw alone where nothing was transformed."""
+    """The observations to compare: raw, behind the prefix if there is one, and transformed if anything was."""
     found = report["observations"]
-    return [found["raw"], found["transformed"]] if report["transform"] else [found["raw"]]
+    names = ["raw", *(["isolated"] if found.get("isolated") else []), *(["transformed"] if report["transform"] else [])]
+    return [found[name] for name in names]
+
+
+def planned_side(report: Json) -> Json:
+    """The observations whose metrics the thresholds are of: of raw ones the last, behind the prefix."""
+    found = report["observations"]
+    if report["thresholds"]["coordinates"] == "raw" or not report["transform"]:
+        return found.get("isolated") or found["raw"]
+    return found["transformed"]
 
 
 def phase_label(phase: Json) -> str:
@@ -48,7 +57,7 @@ def bit_levels(report: Json) -> list[int]:
 
 def build(report: Json) -> dict[str, Json]:
     """Every chart of the page by its id; `noise` only where it was measured."""
-    makers = (norm, absmax, update, jump, snr, gsr, spikes, tokens, noise, plan)
+    makers = (norm, absmax, update, jump, snr, gsr, spikes, spiking, tokens, noise, plan)
     made = {maker.__name__: maker(report) for maker in makers}
     return {name: figure for name, figure in made.items() if figure is not None}
 
@@ -61,7 +70,7 @@ def norm(report: Json) -> Json:
     raw = report["observations"]["raw"]
     curves = raw["residual"]["norm"]
     series = {"all tokens": curves["all_tokens"], "without the first token": curves["without_first"]}
-    data = [_line(*item, *style, x0=-1) for item, style in zip(series.items(), SIDES, strict=True)]
+    data = [_line(*item, *style, x0=-1) for item, style in zip(series.items(), SIDES, strict=False)]
     axes = {"xaxis": _depth_axis(raw["blocks"]), "yaxis": _log_axis(series.values(), "mean ‖h‖")}
     return _figure(data, 300, **axes, shapes=_bands(raw["phases"]))
 
@@ -129,7 +138,7 @@ def snr(report: Json) -> Json:
     for width, (first, key) in product(found[0]["snr"], FIRST.items()):
         series, meta = [side["snr"][width][key] for side in found], {"bits": width, "first": first}
         data += [*_by_side(report, series, meta=meta), *_marks(report, series[-1], meta)]
-    where = found[0 if limits["coordinates"] == "raw" else -1]["coordinates"]
+    where = planned_side(report)["coordinates"]
     data.append(_threshold(report, limits["snr"], f"threshold {limits['snr']:.1f} dB, {where}", {"bits": "4"}))
     return _figure(data, 340, xaxis=_block_axis(report), yaxis={"title": {"text": "SNR, dB"}})
 
@@ -158,13 +167,48 @@ def gsr(report: Json) -> Json:
 
 
 def spikes(report: Json) -> Json:
-    """QFeM's ratio of the largest token to the median one, a line a group."""
+    """QFeM's ratio of the largest token to the median one, a line a group; its threshold, where it left groups out."""
     data, values = [], []
     for index, side in enumerate(sides(report)):
         for group, style in zip(dict.fromkeys(g["group"] for g in side["groups"]), GROUPS, strict=False):
             values.append([g["spike_ratio"] for g in side["groups"] if g["group"] == group])
             data.append(_line(group, values[-1], *style, meta={"side": str(index)}))
+    alpha = report["plan"].get("alpha")
+    if alpha is not None:
+        values.append([alpha])
+        data.append(_threshold(report, alpha, f"alpha {alpha:.4g}", {}))
     return _figure(data, 330, xaxis=_block_axis(report), yaxis=_log_axis(values, "largest / median token"))
+
+
+def spiking(report: Json) -> Json | None:
+    """Which token dominates which group's input, log colour; a map for each side. None in reports of older versions."""
+    data, values, found = [], [], sides(report)
+    if not all(side.get("spikes") for side in found):
+        return None
+    names = [f"{row['block']} {row['group']}" for row in found[0]["spikes"]["rows"]]
+    for index, side in enumerate(found):
+        spikes = side["spikes"]
+        places = zip(spikes["tokens"], spikes["places"], strict=True)
+        columns = [f"{_short(text)} {s}:{p}" for text, (s, p) in places]
+        z = [row["times"] for row in spikes["rows"]]
+        shown = [[f"channel {row['channel']}, {times:.4g}" for times in row["times"]] for row in spikes["rows"]]
+        values += z
+        data.append({"type": "heatmap", "x": list(range(len(columns))), "y": names, "z": [_log(row) for row in z],
+                     "customdata": [[list(pair) for pair in zip(columns, row, strict=True)] for row in shown],
+                     "hovertemplate": "%{customdata[0]}, input of %{y}<br>%{customdata[1]} × the median<extra></extra>",
+                     "coloraxis": "coloraxis", "meta": {"side": str(index)}})  # fmt: skip
+    height = min(1200, max(360, 9 * len(names) + 150))
+    yaxis = {"autorange": "reversed", "type": "category", "title": {"text": "input of block, group"}}
+    layout = {"yaxis": yaxis, "coloraxis": _log_colors(values), "margin": {"t": ABOVE}}
+    title = _bar_title("largest value / median token's")
+    return _figure(
+        data, height, xaxis={"title": {"text": "token"}, "showticklabels": False}, annotations=[title], **layout
+    )
+
+
+def _short(text: str) -> str:
+    """A token for an axis."""
+    return escape(shown if len(shown := repr(text)) < 15 else shown[:12] + "…" + shown[-1])
 
 
 def tokens(report: Json) -> Json:
@@ -172,7 +216,7 @@ def tokens(report: Json) -> Json:
     found = report["observations"]["raw"]["token_map"]
     depth, height = len(found["absmax"]), min(780, max(360, 12 * len(found["absmax"]) + 230))
     names = [f"{escape(repr(t))}<br>{s}:{p}" for t, (s, p) in zip(found["tokens"], found["places"], strict=True)]
-    ticks = [escape(shown if len(shown := repr(t)) < 15 else shown[:12] + "…" + shown[-1]) for t in found["tokens"]]
+    ticks = [_short(text) for text in found["tokens"]]
     data = {"type": "heatmap", "y0": -1, "z": [_log(row) for row in found["absmax"]],
             "customdata": [[list(pair) for pair in zip(names, row, strict=True)] for row in found["absmax"]],
             "hovertemplate": "%{customdata[0]}, after block %{y}<br>%{customdata[1]:.4g}<extra></extra>",

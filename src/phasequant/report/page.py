@@ -85,6 +85,7 @@ def context(report: Json) -> Json:
             "policy": chosen_plan(report),
         },
         "sides": [side["coordinates"] for side in charts.sides(report)],
+        "side_choices": [(str(i), side["coordinates"]) for i, side in enumerate(charts.sides(report))],
         "plans": {name: plan_rows(plan) for name, plan in report["plans"].items()},
         "bit_colors": dict(zip(charts.bit_levels(report), charts.BIT_COLORS, strict=False)),
         "gaussian": gaussian_gsr(model["d_model"]),
@@ -130,8 +131,8 @@ def chosen_plan(report: Json) -> str:
 
 def summary(report: Json) -> list[str]:
     """The findings, a sentence each."""
-    sentences = [about_phases(report), about_jumps(report), about_gsr(report), about_noise(report), about_plan(report)]
-    return [sentence for sentence in [*sentences, about_results(report)] if sentence]
+    makers = (about_phases, about_prefix, about_jumps, about_gsr, about_noise, about_plan, about_results)
+    return [sentence for maker in makers if (sentence := maker(report))]
 
 
 def about_phases(report: Json) -> str:
@@ -153,10 +154,25 @@ def about_phases(report: Json) -> str:
     return f"{text} {named} out too, less far."
 
 
+def about_prefix(report: Json) -> str:
+    """Which tokens stand before every sequence, and what that does to the largest ratio."""
+    prefix, behind = report.get("prefix"), report["observations"].get("isolated")
+    if not prefix or not behind:
+        return ""
+    tops = [max(side["groups"], key=lambda g: g["spike_ratio"]) for side in (report["observations"]["raw"], behind)]
+    texts = " ".join(map(repr, prefix["texts"]))
+    before, after = (f"{top['spike_ratio']:,.1f} (block {top['block']}, {top['group']})" for top in tops)
+    return (
+        f"A prefix of {len(prefix['tokens'])} tokens ({prefix['method']}: {texts}) with 16-bit keys and values stands "
+        f"before every sequence: the largest token of a linear's input is {after} times the median one behind it, "
+        f"{before} without."
+    )
+
+
 def about_jumps(report: Json) -> str:
     """Blocks beyond both thresholds."""
     limits = report["thresholds"]
-    side = charts.sides(report)[0 if limits["coordinates"] == "raw" else -1]
+    side = charts.planned_side(report)
     key = charts.FIRST["with" if limits["first_token"] else "without"]
     ratios, snrs = side["jump_ratio"][key], side["snr"]["4"][key]
     found = [b for b, r in enumerate(ratios) if r > limits["jr"] and snrs[b] < limits["snr"]]
@@ -193,7 +209,7 @@ def about_gsr(report: Json) -> str:
     means = [mean_gsr(side) for side in charts.sides(report)]
     text = f"The 4-bit step of a linear's input is {means[0]:.2f} of its standard deviation on average (GSR)"
     if len(means) > 1:
-        text += f" in the raw model and {means[1]:.2f} {charts.sides(report)[1]['coordinates']}"
+        text += f" in the raw model and {means[-1]:.2f} {charts.sides(report)[-1]['coordinates']}"
     width = report["model"]["d_model"]
     return f"{text}; a Gaussian row of {width} has {gaussian_gsr(width):.2f}."
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from phasequant.arch import ModelMap
 from phasequant.nn import QuantLinear, replace_module
 from phasequant.nn.attention import SLOT
+from phasequant.nn.prefix import PREFIX
 from phasequant.numerics import LinearMap, QuantSpec, apply_map, grid, polar, straight_through
 from phasequant.optim import qr_orthogonal
 from phasequant.transform.contract import MAPS, BlockTransform
@@ -190,6 +191,10 @@ class LearnedKV(nn.Module):
         """Mapped and rounded keys, rounded values."""
         return self.keys(keys if self.qk is None else self.qk(keys)), self.values(values)
 
+    def rotate_keys(self, keys: Tensor) -> Tensor:
+        """k·T, of the prefix, which is not rounded."""
+        return keys if self.qk is None else self.qk(keys)
+
     def decode(self, states: Tensor, dtype: torch.dtype) -> Tensor:
         """They are dense already."""
         return _for_attention(states)
@@ -280,6 +285,9 @@ class LearnedBlock(nn.Module):
             keys, values = (Grid(kv, learned="kv" in clips, device=device) for _ in range(2))
             self.kv = LearnedKV(keys, values, qk)
             setattr(block.get_submodule(model_map.family.attention), SLOT, self.kv)
+        prefix = getattr(block.get_submodule(model_map.family.attention), PREFIX, None)
+        if prefix is not None:
+            prefix.value_map = self._map("value")
         self._install()
 
     def _map(self, name: str) -> LearnedMap | None:

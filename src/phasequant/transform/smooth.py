@@ -68,7 +68,7 @@ def _scales(
 
 def _error(x: Tensor, weight: Tensor, s: Tensor, inputs: QuantSpec | None, weights: QuantSpec | None) -> float:
     smooth_x, smooth_w = x / s, weight * s
-    q_x = fake_quantize(smooth_x, inputs) if inputs is not None else smooth_x
+    q_x = fake_quantize(smooth_x, inputs.dynamic) if inputs is not None else smooth_x
     q_w = fake_quantize(smooth_w, weights) if weights is not None else smooth_w
     exact = x @ weight.T
     return float((q_x @ q_w.T - exact).square().sum() / exact.square().sum().clamp(min=1e-20))

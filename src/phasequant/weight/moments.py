@@ -18,11 +18,12 @@ model was worse (LOG.md).
 Memory: one to three I × I matrices, fp32.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phasequant.numerics import QuantSpec, fake_quantize
 from phasequant.weight.gptq import factor, normalized
 
 
@@ -37,12 +38,16 @@ class Moments:
         self.tokens = 0
 
     def add(
-        self, x: Float[Tensor, "T I"], spec: QuantSpec | None, original: Float[Tensor, "T I"] | None = None
+        self,
+        x: Float[Tensor, "T I"],
+        rounded: Callable[[Tensor], Tensor] | None,
+        original: Float[Tensor, "T I"] | None = None,
     ) -> None:
-        """Tokens more: `x` before it is put on its grid `spec`, `original` what the 16-bit model has there."""
+        """Tokens more: `x` before its grid rounds it (None: it has none), `original` what the 16-bit model has
+        there."""
         x = x.float()
-        seen = [x] if self.kind == "full" or spec is None else [fake_quantize(x, spec)]
-        if self.kind == "mixed" and spec is not None:
+        seen = [x] if self.kind == "full" or rounded is None else [rounded(x)]
+        if self.kind == "mixed" and rounded is not None:
             seen.append(x)
         for one in seen:
             self.hessian.addmm_((one / len(seen)).T, one)

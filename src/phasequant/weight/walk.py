@@ -14,7 +14,7 @@ Memory: one block (two with `outputs`), one group's moments, the hidden states o
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from phasequant.arch import ModelMap
 from phasequant.arch.families import GroupNames
 from phasequant.console import progress, warn
-from phasequant.nn import SLOT, QuantLinear, kv_in_16_bits, quant_linears
+from phasequant.nn import SLOT, QuantLinear, in_16_bits, kv_in_16_bits, quant_linears
 from phasequant.numerics import QuantSpec
 from phasequant.recipe import LowRankPart, WeightsPart
 from phasequant.stream import BlockStream, resident
@@ -102,19 +102,6 @@ def group_inputs(
             hook.remove()
 
 
-@contextmanager
-def _in_16_bits(module: nn.Module) -> Iterator[None]:
-    """Activations of a model or block in 16 bits for a while."""
-    kept = [(linear, linear.input_spec) for _, linear in quant_linears(module)]
-    for linear, _ in kept:
-        linear.input_spec = None
-    try:
-        yield
-    finally:
-        for linear, spec in kept:
-            linear.input_spec = spec
-
-
 def quantize_weights(task: WeightTask) -> list[dict[str, Any]]:
     """Give every linear its codes; one entry a group: block, group, and what `Told` tells."""
     with torch.no_grad():
@@ -150,7 +137,7 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
     rounds = [[group] for group in task.map.groups] if part.sequential else [list(task.map.groups)]
     with ExitStack() as stack:
         if part.hessian == "full":
-            stack.enter_context(_in_16_bits(task.model))
+            stack.enter_context(in_16_bits(task.model))
             stack.enter_context(kv_in_16_bits(task.model))
         stream = BlockStream(task.model, task.map, task.tokens, task.device)
         original = list(stream.hidden)
@@ -210,7 +197,8 @@ def _moments(
             name = group.linears[0]
             linear = block.get_submodule(name)
             assert isinstance(linear, QuantLinear)
-            found[group.name].add(seen[name], linear.input_spec, None if other is None else other[name])
+            rounded = None if linear.input_spec is None else linear.rounded
+            found[group.name].add(seen[name], rounded, None if other is None else other[name])
     return found
 
 
