@@ -19,6 +19,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedModel,
@@ -90,11 +91,12 @@ CONFIGS = {
     "opt-gelu": OPTConfig(**OPT, activation_function="gelu", enable_bias=False),
     "gpt_neox": GPTNeoXConfig(**NEOX, rotary_pct=0.5),
     "gpt_neox-serial": GPTNeoXConfig(**NEOX, rotary_pct=0.5, use_parallel_residual=False, attention_bias=False),
+    "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
 
 NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm", "opt", "opt-gelu",
-       "gpt_neox", "gpt_neox-serial")  # fmt: skip
+       "gpt_neox", "gpt_neox-serial", "mixtral")  # fmt: skip
 """Families whose layout is not LLaMA's."""
 
 

@@ -20,10 +20,13 @@ def test_widths_and_multiply_adds_are_the_weights(name, tiny):
         for group in source.map.groups:
             linears = [source.model.get_submodule(f"{source.map.block_name(block)}.{n}") for n in group.linears]
             assert {linear.in_features for linear in linears} == {source.map.width_in(group.name)}
-            assert sum(linear.out_features for linear in linears) == source.map.width_out(group.name)
-            assert sum(linear.weight.numel() for linear in linears) == source.map.macs(group.name)
+            shape = source.map.shape
+            every, used = (shape.experts, shape.active) if group.probe else (1, 1)
+            assert sum(linear.out_features for linear in linears) == every * source.map.width_out(group.name)
+            assert sum(linear.weight.numel() for linear in linears) * used == every * source.map.macs(group.name)
     inside = [m for n, m in source.model.named_modules() if isinstance(m, nn.Linear) and n != source.map.family.head]
-    assert source.map.macs_total == sum(linear.weight.numel() for linear in inside)
+    if not source.map.shape.experts:
+        assert source.map.macs_total == sum(linear.weight.numel() for linear in inside)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -31,7 +34,7 @@ def test_named_parts_are_there(name, tiny):
     source = tiny(name)
     block = source.model.get_submodule(source.map.block_name(0))
     family = source.map.family
-    for part in (family.attention, family.value, family.up, *family.writers, *family.post_norms):
+    for part in (family.attention, family.value, *family.ups, *family.writers, *family.post_norms):
         assert part is None or block.get_submodule(part) is not None
     linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear)}
     assert linears == {n for group in source.map.groups for n in group.linears}

@@ -181,8 +181,8 @@ def test_each_place_alone_keeps_logits(place, rotated, name, tiny, ids):
         return
     if rotated:
         chosen = replace(chosen, residual=residual, folds_norms=True)
-    missing = {"value": source.map.family.value, "down-scales": source.map.family.up}
-    if missing.get(place, "") is None:
+    missing = {"value": source.map.family.value, "down-scales": source.map.family.ups}
+    if not missing.get(place, "there"):
         with pytest.raises(PhaseQuantError, match=f"cannot be folded into a {source.map.family.name} model"):
             transform.apply(source.model, source.map, chosen)
         return

@@ -431,7 +431,8 @@ def branch_macs(recipe: Recipe, model_map: ModelMap) -> int:
     macs = 0
     for group in model_map.groups:
         rank = recipe.lowrank.rank_of(group.name)
-        macs += rank * (model_map.width_in(group.name) + model_map.width_out(group.name))
+        widths = model_map.width_in(group.name) + model_map.width_out(group.name)
+        macs += rank * widths * model_map.rows(group.name)
     return macs * model_map.shape.blocks
 
 

@@ -18,7 +18,7 @@ from phasequant.console import note
 from phasequant.demo_model import demo_gguf
 from phasequant.errors import PhaseQuantError
 from phasequant.isolate import Prefix
-from phasequant.nn import is_capped, switch_attention
+from phasequant.nn import is_capped, switch_attention, take_apart
 from phasequant.surroundings import hushed_transformers, pick_device
 
 DEMO = "demo"
@@ -193,8 +193,10 @@ def wrap(
     *,
     stream: bool = False,
 ) -> Source:
-    """A dense Transformers model in memory as a `Source`, checked; not copied, and moved only without `stream`."""
+    """A dense Transformers model in memory as a `Source`, checked; not copied, and moved only without `stream`. Stacked
+    experts are taken apart in it, and capped attention is given our function."""
     model_map = ModelMap.from_config(model.config)
+    take_apart(model, model_map)
     model_map.check(model)
     check_finite(model)
     model = model.eval().requires_grad_(False)

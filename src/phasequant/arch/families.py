@@ -9,7 +9,9 @@ and where one differs, a field says so, which transforms ask before they touch a
 
     norm         rms: n(x)·w        rms+1: n(x)·(1 + w), Gemma's        layer: mean taken off too, and a bias
     post_norms   norms of the sublayers' outputs, before they are added to the residual stream
-    value, up    the linear whose rows can scale or rotate what o, or down, reads; None where nothing can
+    value, ups   the linears whose rows can scale or rotate what o, or down, reads; none where nothing can
+    experts      where a mixture of them stands: names with {} are each expert's, all of a block one group, whose input
+                 is seen at its `probe`; the router reads the norm too, and stays in 16 bits
 
 Only `norm` rms and rms+1 without `post_norms` let a rotation of the residual stream be folded. Two groups that name one
 norm read one input: what is folded into that norm is shared by both.
@@ -26,6 +28,13 @@ class GroupNames:
     name: str
     linears: tuple[str, ...]
     norm: str | None = None
+    probe: str | None = None
+    expert: int | None = None
+
+    @property
+    def input(self) -> str:
+        """The module at whose entrance the group's input is seen: its `probe`, or the first of its linears."""
+        return self.probe or self.linears[0]
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,11 @@ class Family:
     norm: str = "rms"
     post_norms: tuple[str, ...] = ()
     value: str | None = "self_attn.v_proj"
-    up: str | None = "mlp.up_proj"
+    ups: tuple[str, ...] = ("mlp.up_proj",)
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     qk_norms: tuple[str, ...] = ()
+    experts: str | None = None
+    router: str | None = None
     d_ffn: str = "intermediate_size"
     softcap: str | None = None
     logit_softcap: str | None = None
@@ -122,7 +133,7 @@ OPT = Family(
         GroupNames("down", ("fc2",)),
     ),
     norm="layer",
-    up="fc1",  # relu(c·z) = c·relu(z)
+    ups=("fc1",),  # relu(c·z) = c·relu(z)
     writers=("self_attn.out_proj", "fc2"),
     d_ffn="ffn_dim",
     when=(("activation_function", "relu"),),
@@ -190,13 +201,13 @@ FAMILIES: tuple[Family, ...] = (
             GroupNames("down", ("mlp.fc2",)),
         ),
         norm="layer",
-        up=None,
+        ups=(),
         writers=("self_attn.dense", "mlp.fc2"),
         qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
         notes=(MEAN_OFF, ONE_NORM, NO_UP),
     ),
     OPT,
-    replace(OPT, name="OPT, no ReLU", up=None, when=(), notes=(MEAN_OFF, NO_UP)),
+    replace(OPT, name="OPT, no ReLU", ups=(), when=(), notes=(MEAN_OFF, NO_UP)),
     Family(
         "GPT-NeoX",
         ("gpt_neox",),
@@ -213,13 +224,33 @@ FAMILIES: tuple[Family, ...] = (
         ),
         norm="layer",
         value=None,
-        up=None,
+        ups=(),
         writers=("attention.dense", "mlp.dense_4h_to_h"),
         notes=(
             MEAN_OFF,
             "q, k and v are rows of one linear: no map of values is folded (no R2), and o's input is not scaled",
             NO_UP,
         ),
+    ),
+    Family(
+        "Mixtral",
+        ("mixtral",),
+        groups=(
+            GroupNames("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+            GroupNames("o", ("self_attn.o_proj",)),
+            GroupNames(
+                "gate_up",
+                ("mlp.experts.gate.{}", "mlp.experts.up.{}"),
+                "post_attention_layernorm",
+                probe="mlp.experts",
+            ),
+            GroupNames("down", ("mlp.experts.down.{}",), probe="mlp.experts.down"),
+        ),
+        ups=("mlp.experts.up.{}",),
+        writers=("self_attn.o_proj", "mlp.experts.down.{}"),
+        experts="mlp.experts",
+        router="mlp.gate",
+        notes=("bits are given to all experts of a block together; the router reads and computes in 16 bits",),
     ),
 )
 

@@ -7,7 +7,7 @@ read.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,12 @@ class Shape:
     kv_heads: int
     d_head: int
     vocab: int
+    experts: int = 0
+    active: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON; what is not there is left out."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("experts", "active")}
 
 
 def _family(config: PretrainedConfig) -> Family:
@@ -52,6 +58,17 @@ def _family(config: PretrainedConfig) -> Family:
     return family
 
 
+def _with_experts(family: Family, experts: int) -> Family:
+    """The family with the name of every expert written out; those of one expert stand together."""
+
+    def named(names: tuple[str, ...]) -> tuple[str, ...]:
+        own = [name for name in names if "{}" in name]
+        return tuple(n for n in names if n not in own) + tuple(n.format(e) for e in range(experts) for n in own)
+
+    groups = tuple(replace(group, linears=named(group.linears)) for group in family.groups)
+    return replace(family, groups=groups, ups=named(family.ups), writers=named(family.writers))
+
+
 @dataclass(frozen=True)
 class ModelMap:
     """A family's names with one model's sizes."""
@@ -63,6 +80,8 @@ class ModelMap:
     def from_config(cls, config: PretrainedConfig) -> "ModelMap":
         """The map of a config; `PhaseQuantError` where the architecture is not supported."""
         family = _family(config)
+        experts = 0 if family.experts is None else int(config.num_local_experts)
+        family = _with_experts(family, experts)
         heads = config.num_attention_heads
         return cls(
             family,
@@ -74,6 +93,8 @@ class ModelMap:
                 kv_heads=getattr(config, "num_key_value_heads", None) or heads,
                 d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
                 vocab=config.vocab_size,
+                experts=experts,
+                active=int(config.num_experts_per_tok) if experts else 0,
             ),
         )
 
@@ -118,7 +139,7 @@ class ModelMap:
         before the group can be scaled (o takes the place `value` instead)."""
         norm = self.group(group).norm
         if norm is None:
-            return group if group == "down" and self.family.up is not None else None
+            return group if group == "down" and self.family.ups else None
         return next(g.name for g in self.groups if g.norm == norm)
 
     def sharing(self, group: str) -> tuple[str, ...]:
@@ -145,18 +166,44 @@ class ModelMap:
         return {"qkv": s.d_model, "o": s.heads * s.d_head, "gate_up": s.d_model, "down": s.d_ffn}[group]
 
     def width_out(self, group: str) -> int:
-        """Summed output width of a group's linears."""
+        """Summed output width of the linears of a group that read one input: of one expert's, where there are many."""
         s = self.shape
         return {
             "qkv": (s.heads + 2 * s.kv_heads) * s.d_head,
             "o": s.d_model,
-            "gate_up": len(self.group("gate_up").linears) * s.d_ffn,
+            "gate_up": len(self.parts(self.group("gate_up"))[0].linears) * s.d_ffn,
             "down": s.d_model,
         }[group]
 
     def macs(self, group: str) -> int:
         """Multiply-adds a token of one group of one block."""
-        return self.width_in(group) * self.width_out(group)
+        return self.width_in(group) * self.width_out(group) * self.rows(group)
+
+    def rows(self, group: str) -> int:
+        """Rows that a group computes a token: one an expert that the token goes to."""
+        return self.shape.active if self.group(group).probe is not None else 1
+
+    def rows_seen(self, group: str) -> int:
+        """Rows a token at the place where a group's input is seen."""
+        own = self.group(group)
+        return self.shape.active if own.probe is not None and own.norm is None else 1
+
+    def parts(self, group: GroupNames) -> tuple[GroupNames, ...]:
+        """The group by what really reads one input: itself, or each expert's linears of it."""
+        if group.probe is None:
+            return (group,)
+        size = len(group.linears) // self.shape.experts
+        chunks = (group.linears[at : at + size] for at in range(0, len(group.linears), size))
+        return tuple(replace(group, linears=chunk, expert=e) for e, chunk in enumerate(chunks))
+
+    def shared(self, norm: str) -> bool:
+        """Whether a norm's output has readers beyond one group: another group, or a router."""
+        groups = [group for group in self.groups if group.norm == norm]
+        return len(groups) > 1 or self.router_behind(norm) is not None
+
+    def router_behind(self, norm: str) -> str | None:
+        """The router that reads a norm's output."""
+        return self.family.router if self.group("gate_up").norm == norm else None
 
     @property
     def macs_total(self) -> int:
@@ -165,11 +212,11 @@ class ModelMap:
 
     def describe(self) -> dict[str, Any]:
         """Family and sizes, for JSON."""
-        return {"family": self.family.name, **asdict(self.shape), "notes": list(self.family.notes)}
+        return {"family": self.family.name, **self.shape.to_dict(), "notes": list(self.family.notes)}
 
     def fingerprint(self) -> str:
         """Names the architecture and sizes in 12 characters: equal where a plan fits."""
-        text = json.dumps({"family": self.family.name, **asdict(self.shape)}, sort_keys=True)
+        text = json.dumps({"family": self.family.name, **self.shape.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def check(self, model: nn.Module) -> None:

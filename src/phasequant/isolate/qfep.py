@@ -38,10 +38,10 @@ def input_absmax(
     found: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(token_absmax(args[0]).float().cpu())
+        found.append(token_absmax(args[0], model_map.rows_seen(group)).float().cpu())
         raise _Reached
 
-    name = f"{model_map.block_name(block)}.{model_map.group(group).linears[0]}"
+    name = f"{model_map.block_name(block)}.{model_map.group(group).input}"
     hook = model.get_submodule(name).register_forward_pre_hook(keep)
     try:
         with suppress(_Reached):

@@ -9,6 +9,7 @@ from phasequant.nn.attention import (
     kv_in_16_bits,
     switch_attention,
 )
+from phasequant.nn.experts import prepared, take_apart
 from phasequant.nn.kv import KVLayout, KVQuantizer, PackedLayer, PackedStates
 from phasequant.nn.layout import (
     Activations,
@@ -49,9 +50,11 @@ __all__ = [
     "lay_out",
     "prefix_length",
     "prefix_states",
+    "prepared",
     "quant_linears",
     "replace_module",
     "set_activations",
     "switch_attention",
+    "take_apart",
     "without_prefix",
 ]

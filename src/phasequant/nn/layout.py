@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from phasequant.arch import GROUPS, ModelMap
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.attention import attach, switch_attention
+from phasequant.nn.experts import take_apart
 from phasequant.nn.kv import KVLayout, KVQuantizer
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
@@ -174,6 +175,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dtype: torch.dtype) -> None:
     """Replace the linears of an unfilled model by empty `QuantLinear`s, on the device where the linears are."""
+    take_apart(model, model_map)
     for block, group, name in model_map.linears():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap
-from phasequant.nn import Activations, QuantLinear, in_16_bits
+from phasequant.nn import Activations, QuantLinear, in_16_bits, prepared
 from phasequant.numerics import QuantSpec
 from phasequant.stream import BlockStream
 
@@ -114,8 +114,8 @@ def calibrate_ranges(
                     continue
                 columns = model_map.width_in(group.name) if spec.granularity == "column" else None
                 reached[group.name] = Reached(columns, method != "absmax")
-                linear = step.block.get_submodule(group.linears[0])
-                hooks.append(linear.register_forward_pre_hook(_keeper(reached[group.name])))
+                entrance = step.block.get_submodule(group.input)
+                hooks.append(entrance.register_forward_pre_hook(_keeper(reached[group.name])))
             step.drain()
             for hook in hooks:
                 hook.remove()
@@ -132,7 +132,6 @@ def calibrate_ranges(
 
 def _keeper(reached: Reached) -> Callable[..., None]:
     def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, QuantLinear)
-        reached.add(module.prepare(args[0].flatten(0, -2)))
+        reached.add(prepared(module, args[0].flatten(0, -2)))
 
     return keep

@@ -18,9 +18,10 @@ from phasequant.arch import ModelMap
 from phasequant.stream import BlockStream
 
 
-def token_absmax(x: Float[Tensor, "*sequences T n"]) -> Float[Tensor, "*sequences T"]:
-    """s of every token."""
-    return x.abs().amax(-1)
+def token_absmax(x: Float[Tensor, "*sequences R n"], rows: int = 1) -> Float[Tensor, "*sequences T"]:
+    """s of every token; of experts' inputs, which has several `rows` a token, one after the other."""
+    absmax = x.abs().amax(-1)
+    return absmax if rows == 1 else absmax.unflatten(-1, (-1, rows)).amax(-1)
 
 
 def spike_ratio(absmax: Float[Tensor, "sequences T"]) -> float:
@@ -45,11 +46,13 @@ def token_spikes(
     for step in stream.steps("spikes"):
         seen: dict[str, list[Tensor]] = {group.name: [] for group in model_map.groups}
 
-        def keeper(rows: list[Tensor]) -> Callable[..., None]:
-            return lambda module, args: rows.append(token_absmax(args[0][0]).float().cpu())
+        def keeper(rows: list[Tensor], times: int) -> Callable[..., None]:
+            return lambda module, args: rows.append(token_absmax(args[0], times).flatten().float().cpu())
 
         hooks = [
-            step.block.get_submodule(group.linears[0]).register_forward_pre_hook(keeper(seen[group.name]))
+            step.block.get_submodule(group.input).register_forward_pre_hook(
+                keeper(seen[group.name], model_map.rows_seen(group.name))
+            )
             for group in model_map.groups
         ]
         step.drain()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phasequant.arch import ModelMap
-from phasequant.nn import QuantLinear
+from phasequant.nn import QuantLinear, prepared
 from phasequant.numerics import QuantSpec
 from phasequant.observe.gsr import gsr
 from phasequant.observe.massive import LARGE, Outlier, outstanding, phases
@@ -49,22 +49,22 @@ class _Inputs:
         self.absmax: dict[str, list[Tensor]] = {g.name: [] for g in model_map.groups}
         self.peak: dict[str, tuple[float, int]] = {g.name: (-1.0, 0) for g in model_map.groups}
         self._hooks = [
-            block.get_submodule(group.linears[0]).register_forward_pre_hook(self._keeper(group.name))
+            block.get_submodule(group.input).register_forward_pre_hook(
+                self._keeper(group.name, model_map.rows_seen(group.name))
+            )
             for group in model_map.groups
         ]
 
-    def _keeper(self, group: str) -> Any:
+    def _keeper(self, group: str, rows: int) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].flatten(0, -2)  # one sequence at a time; some blocks drop its axis before the MLP
-            if isinstance(module, QuantLinear):
-                x = module.prepare(x)
-            x = x.to(torch.float32)
+            x = prepared(module, x).to(torch.float32)
             self.gsr[group].append(gsr(x))
+            self.absmax[group].append(token_absmax(x, rows))
             absmax = token_absmax(x)
-            self.absmax[group].append(absmax)
-            token = int(absmax.argmax())
-            if float(absmax[token]) > self.peak[group][0]:
-                self.peak[group] = float(absmax[token]), int(x[token].abs().argmax())
+            row = int(absmax.argmax())
+            if float(absmax[row]) > self.peak[group][0]:
+                self.peak[group] = float(absmax[row]), int(x[row].abs().argmax())
 
         return keep
 

@@ -108,14 +108,16 @@ def transform_block(
             dense[name] = linear.weight.detach().to(WORK), own
     if maps.value is not None and family.value is not None:
         dense[family.value] = _write(dense[family.value], maps.value)
-    if "down" in maps.scales and family.up is not None:
-        dense[family.up] = _write(dense[family.up], LinearMap.scaling(maps.scales["down"]))
+    if "down" in maps.scales:
+        for up in family.ups:
+            dense[up] = _write(dense[up], LinearMap.scaling(maps.scales["down"]))
     gains: dict[str, tuple[Tensor, Tensor]] = {}
     for group in model_map.groups:
         scale = maps.scales.get(model_map.scale_of(group.name) or "")
         if group.norm is not None and group.norm not in gains:
             norm = block.get_submodule(group.norm)
             gains[group.norm] = _new_gain(norm, family.norm, scale, folds_norms, stored)
+            _turn_router(block, model_map.router_behind(group.norm), gains[group.norm], residual)
         for name in group.linears:
             weight, bias = dense[name]
             if group.norm is not None:
@@ -131,6 +133,14 @@ def transform_block(
             if name in family.writers and residual is not None:
                 weight, bias = _write((weight, bias), residual)
             _put(block, name, weight, bias, online)
+
+
+def _turn_router(block: nn.Module, name: str | None, gains: tuple[Tensor, Tensor], residual: LinearMap | None) -> None:
+    """A router behind a norm reads what the norm now gives; its weight stays where it is, in its own type."""
+    if name is not None:
+        weight = block.get_submodule(name).get_parameter("weight")
+        before, after = gains
+        weight.data.copy_(_weight_in(weight.detach().to(WORK), before, residual) / after)
 
 
 def _put(block: nn.Module, name: str, weight: Tensor, bias: Tensor | None, online: LinearMap | None) -> None:

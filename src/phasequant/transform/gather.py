@@ -40,8 +40,8 @@ def gather(
 
     for group in model_map.groups:
         if inputs and group.name in inputs:
-            linear = block.get_submodule(group.linears[0])
-            hooks.append(linear.register_forward_pre_hook(keep_input(inputs[group.name])))
+            entrance = block.get_submodule(group.input)
+            hooks.append(entrance.register_forward_pre_hook(keep_input(inputs[group.name])))
         if norms and group.name in norms and group.norm is not None:
             hooks.append(block.get_submodule(group.norm).register_forward_pre_hook(keep_norm(norms[group.name])))
     if values is not None and model_map.family.value is not None:

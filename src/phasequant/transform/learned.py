@@ -14,6 +14,7 @@ grid. A scale is exp(p). Inverses of the small factors are taken at each step.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -226,6 +227,19 @@ class _Prepared(nn.Module):
         return self.prepare(self.norm(x))
 
 
+class _Turned(nn.Module):
+    """A router, which is not rounded, behind a norm of the rotated stream: x·R1ᵀ is what it reads."""
+
+    def __init__(self, router: nn.Module, residual: LearnedMap) -> None:
+        super().__init__()
+        self.router = router
+        self.residual = (residual,)
+
+    def forward(self, x: Tensor) -> Any:
+        (residual,) = self.residual
+        return self.router(x @ residual.factors()[0][0].T)
+
+
 class LearnedBlock(nn.Module):
     """A block (changed in place, its weights frozen) whose transform is `parameters()`. `clips`: of which grids they
     are learned (weights, activations, kv); `maps`, `scales`: whether those are."""
@@ -303,10 +317,13 @@ class LearnedBlock(nn.Module):
         return None if name is None or name not in self.log_scales else self.log_scales[name].exp()
 
     def _install(self) -> None:
-        norms = [group.norm for group in self.model_map.groups]
+        (residual,) = self._residual
         for group in self.model_map.groups:
-            prepare, alone = self._preparer(group.name), norms.count(group.norm) == 1
-            if group.norm is not None and alone:  # once for all readers; of two groups each has its own map and grid
+            prepare = self._preparer(group.name)
+            router = self.model_map.router_behind(group.norm) if group.norm is not None else None
+            if router is not None and residual is not None:
+                replace_module(self.block, router, _Turned(self.block.get_submodule(router), residual))
+            if group.norm is not None and not self.model_map.shared(group.norm):  # once for all that read it
                 norm = self.block.get_submodule(group.norm)
                 replace_module(self.block, group.norm, _Prepared(norm, prepare))
                 prepare = _same
@@ -350,7 +367,7 @@ class LearnedBlock(nn.Module):
             if name == family.value and value is not None:
                 weight = value(weight.T).T
                 bias = None if bias is None else value(bias)
-            if name == family.up and "down" in self.log_scales:
+            if name in family.ups and "down" in self.log_scales:
                 rows = self.log_scales["down"].exp()
                 weight = weight * rows[:, None]
                 bias = None if bias is None else bias * rows

@@ -36,6 +36,7 @@ class Moments:
         self.cross = torch.zeros(width, width, device=device) if cross else None
         self.plain = self.hessian if kind == "full" or not cross else torch.zeros_like(self.hessian)
         self.tokens = 0
+        self.borrowed = 0  # as many of the inputs of all experts are in H for want of its own
 
     def add(
         self,

@@ -5,6 +5,7 @@ For each block in turn, with the block resident:
     for the groups in the order of computation (sequential; else all at once):
         run the block over all sequences up to the group's input, and add up its moments
         quantize the group's linears, stacked: they read one input, and have one Hessian and one low-rank branch
+        (of experts, each expert's on their own; one that few tokens reached borrows from the inputs of all)
     run the block once more: its quantized outputs are the next block's inputs
 
 With `hessian: full` activations and KV stay in 16 bits during the walk; with `rounded` and `mixed` they are rounded as
@@ -26,14 +27,14 @@ from transformers import PreTrainedModel
 from phasequant.arch import ModelMap
 from phasequant.arch.families import GroupNames
 from phasequant.console import progress, warn
-from phasequant.nn import SLOT, QuantLinear, in_16_bits, kv_in_16_bits, quant_linears
+from phasequant.nn import SLOT, QuantLinear, in_16_bits, kv_in_16_bits, prepared, quant_linears
 from phasequant.numerics import QuantSpec
 from phasequant.recipe import LowRankPart, WeightsPart
 from phasequant.stream import BlockStream, resident
 from phasequant.weight.codes import Told, WeightCodes
 from phasequant.weight.gptq import factor, gptq, normalized
 from phasequant.weight.lowrank import Branch, split
-from phasequant.weight.moments import Moments, best_weights
+from phasequant.weight.moments import Moments, best_weights, shrunk
 from phasequant.weight.rtn import round_to_nearest
 
 Clips = Mapping[str, Float[Tensor, "O G"]]
@@ -59,6 +60,21 @@ def needs_tokens(part: WeightsPart, lowrank: LowRankPart) -> bool:
     return part.method == "gptq" or (lowrank.method != "none" and lowrank.weighting == "hessian")
 
 
+@dataclass
+class Seen:
+    """Rows at an entrance, and which expert (or experts) each goes to, where there are many."""
+
+    rows: Float[Tensor, "T I"]
+    experts: Tensor | None
+
+    def of(self, expert: int | None) -> Float[Tensor, "R I"]:
+        """The rows of one expert; all, where there is none."""
+        if expert is None:
+            return self.rows
+        assert self.experts is not None
+        return self.rows[(self.experts.reshape(len(self.rows), -1) == expert).any(-1)]
+
+
 class _Reached(Exception):
     """The input that was waited for has come: the rest of the block need not run."""
 
@@ -70,16 +86,15 @@ def group_inputs(
     arguments: Mapping[str, Any],
     device: torch.device,
     outputs: list[Tensor] | None = None,
-) -> Iterator[dict[str, Float[Tensor, "T I"]]]:
-    """For every sequence, what the linears `names` read, before it is rounded. The block runs only as far as needed, or
-    to its end where its `outputs` are wanted."""
-    seen: dict[str, Tensor] = {}
+) -> Iterator[dict[str, "Seen"]]:
+    """For every sequence, what stands at the entrances `names`, before it is rounded. The block runs only as far as
+    needed, or to its end where its `outputs` are wanted."""
+    seen: dict[str, Seen] = {}
     hooks = []
 
     def keep(name: str, last: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, QuantLinear)
-            seen[name] = module.prepare(args[0].flatten(0, -2).float())
+            seen[name] = Seen(prepared(module, args[0].flatten(0, -2).float()), args[1] if len(args) > 1 else None)
             if last:
                 raise _Reached
 
@@ -125,9 +140,10 @@ def _without_data(task: WeightTask) -> Iterator[dict[str, Any]]:
             block = task.model.get_submodule(task.map.block_name(index))
             with resident(block, task.device):
                 for group in task.map.groups:
-                    made = _quantize_group(task, block, index, group, None)
-                    made.settle(task.spec)
-                    yield _entry(index, group, made.told)
+                    for part in task.map.parts(group):
+                        made = _quantize_group(task, block, index, part, None)
+                        made.settle(task.spec)
+                        yield _entry(index, part, made.told)
             tick()
 
 
@@ -150,11 +166,12 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
             for groups in rounds:
                 last = twins_outputs if groups is rounds[-1] else None
                 moments = _moments(task, step.block, twin, groups, stream.hidden, original, arguments, last)
-                for group in groups:
-                    found = _quantize_group(task, step.block, step.index, group, moments.pop(group.name))
+                for group_part in (p for group in groups for p in task.map.parts(group)):
+                    own = moments.pop(group_part.linears[0])
+                    found = _quantize_group(task, step.block, step.index, group_part, own)
                     found.show(task.spec)
                     made.append(found)
-                    yield _entry(step.index, group, found.told)
+                    yield _entry(step.index, group_part, found.told)
             step.drain()
             for found in made:
                 found.settle(task.spec)
@@ -182,24 +199,45 @@ def _moments(
     arguments: Mapping[str, Any],
     twins_outputs: list[Tensor] | None,
 ) -> dict[str, Moments]:
-    """Moments of some groups' inputs over all sequences; the twin's outputs on the way, where they are wanted."""
+    """Moments of some groups' inputs over all sequences, by the first linear of each of their parts; the twin's outputs
+    on the way, where they are wanted. Of experts the twin sees nothing: its router may choose others."""
+    parts = [part for group in groups for part in task.map.parts(group)]
     found = {
-        g.name: Moments(task.map.width_in(g.name), task.device, task.part.hessian, twin is not None) for g in groups
+        p.linears[0]: Moments(
+            task.map.width_in(p.name), task.device, task.part.hessian, twin is not None and p.expert is None
+        )
+        for p in parts
     }
-    names = [g.linears[0] for g in groups]
+    names = [g.input for g in groups]
     ours = group_inputs(block, names, hidden, arguments, task.device)
-    theirs: Iterator[dict[str, Tensor]] | None = None
+    theirs: Iterator[dict[str, Seen]] | None = None
     if twin is not None:
         theirs = group_inputs(twin, names, original, arguments, task.device, twins_outputs)
     for seen in ours:
         other = next(theirs) if theirs is not None else None
-        for group in groups:
-            name = group.linears[0]
-            linear = block.get_submodule(name)
+        for part in parts:
+            linear = block.get_submodule(part.linears[0])
             assert isinstance(linear, QuantLinear)
             rounded = None if linear.input_spec is None else linear.rounded
-            found[group.name].add(seen[name], rounded, None if other is None else other[name])
+            original_rows = None if other is None or part.expert is not None else other[part.input].rows
+            if len(rows := seen[part.input].of(part.expert)):
+                found[part.linears[0]].add(rows, rounded, original_rows)
+    for group in groups:
+        _share([found[part.linears[0]] for part in task.map.parts(group)])
     return found
+
+
+def _share(experts: list[Moments]) -> None:
+    """Let the moments of experts that few tokens reached borrow from those of all; less than one row an input channel
+    is few."""
+    if len(experts) == 1:
+        return
+    total = sum(one.tokens for one in experts)
+    shared = torch.stack([one.hessian for one in experts]).sum(0)
+    for one in experts:
+        least = len(one.hessian)
+        one.borrowed = max(least - one.tokens, 0)
+        one.hessian = shrunk(one.hessian, one.tokens, shared, total, least)
 
 
 @dataclass
@@ -240,11 +278,19 @@ def _quantize_group(
     clips = None
     if all(name in learned for name in group.linears):
         clips = torch.cat([learned[name].to(stacked) for name in group.linears])
-    branch, made, told = _codes(task, stacked, clips, moments, group.name, f"block {index}, {group.name}")
+    expert = "" if group.expert is None else f", expert {group.expert}"
+    branch, made, told = _codes(task, stacked, clips, moments, group.name, f"block {index}, {group.name}{expert}")
+    if moments is not None and moments.borrowed:
+        told.why = told.why or (
+            f"{moments.tokens} rows reached expert {group.expert}, fewer than its {len(moments.hessian)} input "
+            "channels: its Hessian borrows from the inputs of all experts"
+        )
+        told.notes |= {"tokens": float(moments.tokens), "borrowed": float(moments.borrowed)}
     codes = made.rows(rows)
     branches: list[Branch | None] = [None] * len(linears)
     if branch is not None:
-        branches = [Branch(branch.down, up) for up in branch.up.split(rows)]
+        # laid out as a loader lays them out: products of another layout are rounded otherwise
+        branches = [Branch(branch.down.contiguous(), up.contiguous()) for up in branch.up.split(rows)]
     return _Made(linears, codes, branches, told, task.lowrank.input == "rounded")
 
 
@@ -292,4 +338,5 @@ def _root(moments: Moments | None, damping: float) -> tuple[Tensor | None, str |
 
 
 def _entry(index: int, group: GroupNames, told: Told) -> dict[str, Any]:
-    return {"block": index, "group": group.name, **asdict(told)}
+    expert = {} if group.expert is None else {"expert": group.expert}
+    return {"block": index, "group": group.name, **expert, **asdict(told)}
