@@ -69,6 +69,9 @@ def test_families_of_one_type_are_told_apart():
     assert len(set(names)) == len(names)
     assert ModelMap.from_config(CONFIGS["opt"]).fingerprint() != ModelMap.from_config(CONFIGS["opt-gelu"]).fingerprint()
     assert ModelMap.from_config(CONFIGS["stablelm-parallel"]).family.name == "StableLM, parallel"
+    for family in FAMILIES:  # the last of a type takes what no other does
+        last = [other for other in FAMILIES if set(other.model_types) & set(family.model_types)][-1]
+        assert last.when == ()
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ class Needs:
 class Family:
     """Names of one architecture. `q`, `k`, `v`, `o` name single linears for what only they take part in.
 
-    `when` chooses among families of one model type by attributes of the config; `d_ffn`, `softcap` and `logit_softcap`
-    name attributes of it: the width inside the MLP, and the caps of attention scores and of logits.
+    `when` chooses among families of one model type by attributes of the config, the first that fits; `d_ffn`, `softcap`
+    and `logit_softcap` name attributes of it: the width inside the MLP, and the caps of attention scores and of logits.
     """
 
     name: str
@@ -115,7 +115,6 @@ STABLELM = Family(
     ("stablelm",),
     norm="layer",
     qk_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
-    when=(("use_parallel_residual", False),),
     notes=(MEAN_OFF,),
 )
 
@@ -182,7 +181,6 @@ FAMILIES: tuple[Family, ...] = (
         logit_softcap="final_logit_softcapping",
         notes=(ONE_MORE, OUTPUT_NORMS, NORMED_QK),
     ),
-    STABLELM,
     replace(
         STABLELM,
         name="StableLM, parallel",
@@ -190,6 +188,7 @@ FAMILIES: tuple[Family, ...] = (
         when=(("use_parallel_residual", True),),
         notes=(MEAN_OFF, ONE_NORM),
     ),
+    STABLELM,
     Family(
         "Phi",
         ("phi",),

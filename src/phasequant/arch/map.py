@@ -44,8 +44,10 @@ def _family(config: PretrainedConfig) -> Family:
     model_type = getattr(config, "model_type", None) or "unknown"
     found = [f for f in FAMILIES if model_type in f.model_types]
     if not found:
-        names = {f.model_types: f.name for f in reversed(FAMILIES)}
-        supported = ", ".join(f"{name} ({', '.join(types)})" for types, name in reversed(names.items()))
+        names: dict[tuple[str, ...], str] = {}
+        for one in FAMILIES:  # of several of one type, the shortest name
+            names[one.model_types] = min(names.get(one.model_types, one.name), one.name, key=len)
+        supported = ", ".join(f"{name} ({', '.join(types)})" for types, name in names.items())
         raise PhaseQuantError(f"models of type '{model_type}' are not supported; supported are: {supported}")
     family = next(f for f in found if all(getattr(config, name, None) == value for name, value in f.when))
     for need in family.needs:
