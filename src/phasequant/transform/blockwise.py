@@ -12,8 +12,9 @@ where it was, and a plan that raises some blocks learns only those anew.
 
 Source: FlatQuant (arXiv 2410.09426), `train_utils.py`: AdamW, lr 5e-3 for maps and scales, 5e-2 for clips, cosine to a
 thousandth over all steps, 15 epochs of 128 × 2048 tokens, 4 a step, loss divided by itself (so that no block's scale
-matters to the step). On CUDA one step is captured as a graph and replayed: at these sizes launching would cost more
-than computing. Memory: one block's activations of a batch, and the inputs and targets of all sequences in host memory.
+matters to the step). On CUDA one step is captured as a graph and replayed (but for mixtures of experts): at these
+sizes launching would cost more than computing. Memory: one block's activations of a batch, and the inputs and targets
+of all sequences in host memory.
 """
 
 import copy
@@ -98,7 +99,8 @@ class _Step:
         self.learned, self.optimizer, self.job = learned, optimizer, job
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.graph: torch.cuda.CUDAGraph | None = None
-        if job.device.type == "cuda" and isinstance(optimizer, torch.optim.AdamW):
+        routed = job.map.shape.experts > 0  # how many rows an expert has differs from step to step
+        if job.device.type == "cuda" and isinstance(optimizer, torch.optim.AdamW) and not routed:
             self._capture(batch)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
