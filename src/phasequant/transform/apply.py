@@ -5,9 +5,10 @@ For a reader of a norm with gain γ, new gain g (γ·c, or c where gains are fol
     n(x)·diag(γ)·Wᵀ  =  [ n(xR1)·diag(g)·T ] · W'ᵀ,      W' = W·diag(γ)·R1·diag(1/g)·T^{-T}   (R1 only with folded γ)
 
 g is rounded to the type it will be stored in before W' is computed, so that storing it changes nothing. Where gains or
-a residual rotation are folded, tied embeddings are untied first: the head absorbs the final norm's gain and must not drag
-the embedding along; `tie_word_embeddings` is set to False in the config, and so saved. Otherwise they stay tied. All factors of one weight are multiplied in fp64 and
-rounded once, to fp32 (or kept, for fp64 models). Embedding and head stay in the model's type.
+a residual rotation are folded, tied embeddings are untied first: the head absorbs the final norm's gain and must not
+drag the embedding along; `tie_word_embeddings` is set to False in the config, and so saved. Otherwise they stay tied.
+All factors of one weight are multiplied in fp64 and rounded once, to fp32 (or kept, for fp64 models). Embedding and
+head stay in the model's type.
 """
 
 from collections.abc import Callable
