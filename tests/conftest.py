@@ -13,16 +13,23 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from phasequant.arch import ModelMap
-from phasequant.source import Source
+from phasequant.source import Source, wrap
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 258
@@ -39,6 +46,10 @@ COMMON = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
+
+NEOX = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"}
+OPT = {name: value for name, value in COMMON.items() if name not in ("intermediate_size", "num_key_value_heads")}
+OPT["ffn_dim"] = 96
 
 CONFIGS = {
     "llama": LlamaConfig(**COMMON, head_dim=12, tie_word_embeddings=True),
@@ -60,7 +71,41 @@ CONFIGS = {
     "qwen2": Qwen2Config(**COMMON, tie_word_embeddings=True),
     "qwen2-sliding": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=16, max_window_layers=1),
     "qwen3": Qwen3Config(**COMMON, head_dim=20, tie_word_embeddings=True),
-}
+    "gemma": GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=20, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(
+        **COMMON, head_dim=12, query_pre_attn_scalar=20, sliding_window=16, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0, tie_word_embeddings=True,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **COMMON, head_dim=16, query_pre_attn_scalar=20, sliding_window=16, tie_word_embeddings=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "stablelm": StableLmConfig(**COMMON, partial_rotary_factor=0.5, use_qkv_bias=True),
+    "stablelm-parallel": StableLmConfig(
+        **COMMON, partial_rotary_factor=0.5, use_parallel_residual=True, qk_layernorm=True
+    ),
+    "phi": PhiConfig(**COMMON, partial_rotary_factor=0.5),
+    "phi-norm": PhiConfig(**{**COMMON, "num_key_value_heads": None}, partial_rotary_factor=0.5, qk_layernorm=True),
+    "opt": OPTConfig(**OPT),
+    "opt-gelu": OPTConfig(**OPT, activation_function="gelu", enable_bias=False),
+    "gpt_neox": GPTNeoXConfig(**NEOX, rotary_pct=0.5),
+    "gpt_neox-serial": GPTNeoXConfig(**NEOX, rotary_pct=0.5, use_parallel_residual=False, attention_bias=False),
+}  # fmt: skip
+
+
+NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm", "opt", "opt-gelu",
+       "gpt_neox", "gpt_neox-serial")  # fmt: skip
+"""Families whose layout is not LLaMA's."""
+
+
+def foldable(name: str) -> bool:
+    """Whether a rotation of the residual stream can be folded into models of a family."""
+    return ModelMap.from_config(CONFIGS[name]).unfoldable is None
+
+
+def where(name: str) -> list[str]:
+    """What a recipe that folds rotations must be told for a family in which they cannot be."""
+    return [] if foldable(name) else ["rotation.where=online"]
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -70,10 +115,10 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" in key:
-                parameter.uniform_(0.2, 2.0)
-            elif key.endswith("bias"):
+            if key.endswith("bias"):
                 parameter.normal_(0, 0.3)
+            elif "norm" in key:
+                parameter.uniform_(0.2, 2.0).sub_(float(name.startswith("gemma")))  # Gemma's multiply by 1 + w
             elif "embed" in key:
                 parameter.normal_(0, 1.0)
             else:
@@ -101,8 +146,7 @@ def tiny(tokenizer):
     """A function: family name → `Source` of a fresh tiny model."""
 
     def make(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Source:
-        model = make_model(name, dtype, seed)
-        return Source(name, model, tokenizer, ModelMap.from_config(model.config))
+        return wrap(name, make_model(name, dtype, seed), tokenizer)
 
     return make
 

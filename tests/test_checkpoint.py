@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIGS, make_model
+from conftest import CONFIGS, NEW, make_model, where
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import phasequant
 from phasequant import pipeline
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import PackedCache, quant_linears
+from phasequant.nn import PackedCache, PackedLayer, quant_linears
 from phasequant.recipe import Recipe
 from phasequant.source import wrap
 
@@ -30,7 +30,7 @@ def greedy(model, ids, n=12):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reload_gives_the_same_tokens_and_logits(name, tiny, ids, tmp_path):
-    run = quantized(tiny(name), "quarot", "policy.name=paper")
+    run = quantized(tiny(name), "quarot", "policy.name=paper", *where(name))
     before = run.model(input_ids=ids, use_cache=False).logits
     tokens = greedy(run.model, ids)
     run.save(tmp_path / "out")
@@ -125,9 +125,9 @@ def test_generate_uses_a_packed_cache(tiny, ids):
     assert sum(layer.nbytes for layer in cache.layers) == per_token * tokens * 2
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2-sliding", "qwen3", *NEW])
 def test_cache_chunks_and_padding_give_the_same_logits(name, tiny, ids):
-    model = quantized(tiny(name, torch.float64)).model
+    model = quantized(tiny(name, torch.float64), "quarot", *where(name)).model
     whole = model(input_ids=ids, use_cache=False).logits
     cache = PackedCache(model)
     pieces = [model(input_ids=part, past_key_values=cache).logits for part in ids.split([10, 1, 9, 4], dim=1)]
@@ -137,6 +137,17 @@ def test_cache_chunks_and_padding_give_the_same_logits(name, tiny, ids):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     shifted = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 5:]
     assert torch.allclose(shifted, whole, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_generate_gives_the_same_tokens_with_and_without_a_cache(name, tiny, ids):
+    """Past the sliding windows of those that have them."""
+    model = quantized(tiny(name), "quarot", *where(name)).model
+    output = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, pad_token_id=257)
+    assert isinstance(output.past_key_values.layers[0], PackedLayer)
+    assert output.past_key_values.layers[-1].get_seq_length() >= ids.shape[1] + 1
+    again = model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False, pad_token_id=257)
+    assert torch.equal(output.sequences, again)
 
 
 def test_beam_search_reorders_the_packed_cache(tiny, ids):
@@ -333,8 +344,10 @@ def test_sixteen_bit_models_keep_their_type(dtype, tmp_path, tokenizer, ids):
     assert torch.equal(loaded(input_ids=ids, use_cache=False).logits, before)
 
 
-def test_the_cache_may_come_by_position(tiny, ids):
-    model = quantized(tiny("llama")).model
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_cache_may_come_by_position(name, tiny, ids):
+    model = quantized(tiny(name), "quarot", *where(name)).model
     cache = PackedCache(model)
-    first = model(ids[:, :5], None, None, cache, use_cache=True).logits
+    before = (None,) if name == "opt" else (None, None)
+    first = model(ids[:, :5], *before, cache, use_cache=True).logits
     assert cache.get_seq_length() == 5 and torch.equal(first, model(input_ids=ids[:, :5], use_cache=False).logits)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import COMMON, CONFIGS, make_tokenizer
+from conftest import COMMON, CONFIGS, foldable, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import phasequant
@@ -38,8 +38,9 @@ def close(a, b, tolerance=2e-5):
     return float((a - b).abs().max() / b.abs().max()) < tolerance
 
 
-def recipe_of(text_file, **parts):
+def recipe_of(text_file, name="llama", **parts):
     values = {
+        "rotation": {"where": "folded" if foldable(name) else "online"},
         "transform": {"method": "quarot"},
         "weights": {"bits": 4},
         "activations": {"bits": 4},
@@ -55,9 +56,11 @@ def recipe_of(text_file, **parts):
 # --- a prefix is its tokens ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in ("mistral", "qwen2-sliding")])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_prefix_is_its_tokens_in_the_text(name, tiny, ids):
     source = tiny(name)
+    if getattr(source.model.config, "sliding_window", None):
+        source.model.config.sliding_window = 512  # its tokens in the text would leave the window
     first = torch.tensor(PREFIX).expand(len(ids), -1)
     wanted = logits(source.model, torch.cat((first, ids), 1))[:, len(PREFIX) :]
     without = logits(source.model, ids)
@@ -86,10 +89,10 @@ def padded(rows, pad=257):
     return ids, mask
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "opt", "gpt_neox"])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_batches_padding_chunks_and_caches_give_single_runs_logits(name, bits, tiny, ids, text_file):
-    run = phasequant.quantize(tiny(name), recipe_of(text_file, activations={"bits": 16}, kv={"bits": bits}))
+    run = phasequant.quantize(tiny(name), recipe_of(text_file, name, activations={"bits": 16}, kv={"bits": bits}))
     model = run.model
     rows = [ids[0], ids[1][:9], ids[0][3:4], ids[1][:0]]  # the last prompt is empty: nothing but padding
     alone = [logits(model, row[None])[0] for row in rows[:3]]
@@ -111,9 +114,9 @@ def test_batches_padding_chunks_and_caches_give_single_runs_logits(name, bits, t
         assert close(chunked[i, -len(wanted) :], wanted)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2-sliding"])
+@pytest.mark.parametrize("name", ["llama", "qwen2-sliding", "gemma2", "opt"])
 def test_generate_with_and_without_cache_and_in_batches(name, tiny, ids, text_file):
-    model = phasequant.quantize(tiny(name), recipe_of(text_file)).model
+    model = phasequant.quantize(tiny(name), recipe_of(text_file, name)).model
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 257, "eos_token_id": None}
     rows = [ids[0], ids[1][:5]]
     alone = [
@@ -158,7 +161,7 @@ def test_save_and_load_with_a_prefix_and_static_grids(name, tiny, ids, text_file
         "activations": {"granularity": "tensor", "scales": "static", "bits": 8},
         "exclude": {"method": "qfem", "alpha": 4.0},
     }
-    run = phasequant.quantize(tiny(name), recipe_of(text_file, **parts))
+    run = phasequant.quantize(tiny(name), recipe_of(text_file, name, **parts))
     made = logits(run.model, ids)
     run.save(tmp_path / "out")
     again = phasequant.load(tmp_path / "out")

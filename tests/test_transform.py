@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIGS
+from conftest import CONFIGS, NEW, foldable
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import phasequant
@@ -20,6 +20,7 @@ from phasequant.transform import BlockTransform, Task, Transform, fixed_rotation
 from phasequant.transform.dfrot import alternate, massive_tokens, rounding_error
 from phasequant.transform.flat import kronecker_start, squarest
 from phasequant.transform.frtq import precondition, uniform_target
+from phasequant.transform.quarot import block_rotations
 from phasequant.transform.smooth import migration
 from phasequant.transform.wush import aligning
 
@@ -30,6 +31,7 @@ QUICK = {
     "rotation": {"iterations": 3, "preconditioning": 3, "down": "learned"},
     "learning": {"sequences": 4, "seqlen": 24, "batch": 2, "epochs": 1, "steps": 2},
 }
+ROTATING = ("quarot", "dfrot", "frtq", "spin")
 LEARNED = ("smooth", "dfrot", "frtq", "spin", "flat", "wush")
 
 
@@ -73,10 +75,14 @@ def test_every_method_keeps_logits(method, name, where, tiny, ids):
     source = tiny(name, torch.float64)
     before = logits(source.model, ids)
     recipe = quick(method, rotation={"where": where})
+    if where == "folded" and method in ROTATING and not foldable(name):
+        with pytest.raises(PhaseQuantError, match=r"can be folded into.*set rotation.where=online"):
+            transform.METHODS[method].learn(task(source.model, source.map, ids, recipe))
+        return
     found = transform.METHODS[method].learn(task(source.model, source.map, ids, recipe))
     assert torch.equal(logits(source.model, ids), before)  # the original is left alone
     assert not_identity(found)
-    if method in ("quarot", "dfrot", "frtq", "spin"):
+    if method in ROTATING:
         assert (found.residual is not None) == found.folds_norms == (where == "folded")
     tied = source.model.config.tie_word_embeddings
     transform.apply(source.model, source.map, found)
@@ -139,11 +145,13 @@ def places(source, residual=False):
 
     scale = torch.rand(shape.d_ffn, dtype=torch.float64) + 0.5
     mix = LinearMap("mix", free(shape.heads, 3).left, tail=shape.d_head, orthogonal=False)
-    gains = {g: torch.rand(shape.d_model, dtype=torch.float64) + 0.5 for g in ("qkv", "gate_up")}
+    carried = source.map.scaled
+    gains = {g: torch.rand(shape.d_model, dtype=torch.float64) + 0.5 for g in ("qkv", "gate_up") if g in carried}
+    value = free(shape.d_head, 4, shape.kv_heads)
     return {
         "qkv": BlockTransform(qkv=free(shape.d_model, 1)),
         "gate_up": BlockTransform(gate_up=free(shape.d_model, 2)),
-        "value": BlockTransform(value=free(shape.d_head, 4, shape.kv_heads)),
+        "value": BlockTransform(value=value),
         "heads": BlockTransform(heads=mix),
         "down": BlockTransform(down=free(shape.d_ffn, 5)),
         "down-scales": BlockTransform(scales={"down": scale}),
@@ -151,38 +159,70 @@ def places(source, residual=False):
         "all": BlockTransform(
             qkv=free(shape.d_model, 1),
             gate_up=free(shape.d_model, 2),
-            value=free(shape.d_head, 4, shape.kv_heads),
+            value=value if source.map.family.value is not None else None,
             heads=mix,
             down=free(shape.d_ffn, 5),
-            scales={"down": scale, **gains},
+            scales={**({"down": scale} if "down" in carried else {}), **gains},
         ),
     }, dense(shape.d_model, 9)
 
 
+@pytest.mark.parametrize("name", ["llama-bias", *NEW])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("place", ["qkv", "gate_up", "value", "heads", "down", "down-scales", "norm-scales", "all"])
-def test_each_place_alone_keeps_logits(place, rotated, tiny, ids):
+def test_each_place_alone_keeps_logits(place, rotated, name, tiny, ids):
     """With any invertible map, not only Hadamards; alone and on top of a folded residual rotation."""
-    source = tiny("llama-bias", torch.float64)
+    source = tiny(name, torch.float64)
     before = logits(source.model, ids)
     blocks, residual = places(source)
     chosen = Transform.alike("one", source.map, blocks[place])
+    if rotated and not foldable(name):
+        with pytest.raises(PhaseQuantError, match=r"can be folded into.*set rotation.where=online"):
+            transform.apply(source.model, source.map, replace(chosen, residual=residual, folds_norms=True))
+        return
     if rotated:
         chosen = replace(chosen, residual=residual, folds_norms=True)
+    missing = {"value": source.map.family.value, "down-scales": source.map.family.up}
+    if missing.get(place, "") is None:
+        with pytest.raises(PhaseQuantError, match=f"cannot be folded into a {source.map.family.name} model"):
+            transform.apply(source.model, source.map, chosen)
+        return
     transform.apply(source.model, source.map, chosen)
     assert relative(logits(source.model, ids), before) < TOLERANCE
 
 
-def test_gains_are_folded_as_they_are_stored(tiny, ids):
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_gains_are_folded_as_they_are_stored(name, tiny, ids):
     """Scales in a norm's gain are rounded to the stored type before the weights make up for them."""
-    source = tiny("llama", torch.float64)
+    source = tiny(name, torch.float64)
     before = logits(source.model, ids)
     blocks, _ = places(source)
     transform.apply(source.model, source.map, Transform.alike("s", source.map, blocks["norm-scales"]),
                     stored=torch.bfloat16)  # fmt: skip
     gain = source.model.model.layers[0].input_layernorm.weight
     assert torch.equal(gain.to(torch.bfloat16).to(gain.dtype), gain)
+    assert not torch.equal(gain, tiny(name, torch.float64).model.model.layers[0].input_layernorm.weight)
     assert relative(logits(source.model, ids), before) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "phi", "opt"])
+def test_what_a_family_has_no_linear_for_is_left_out(name, tiny, ids):
+    source = tiny(name)
+    maps = {s["name"] for s in fixed_rotations(source.map, 0, "online").describe(source.map)}
+    assert maps == {"T qkv", "M", "R3", "T gate_up", "R4"} | (set() if name == "gpt_neox" else {"R2"})
+    found = transform.METHODS["smooth"].learn(task(source.model, source.map, ids, quick("smooth")))
+    assert set(found.block(0).scales) == set(source.map.scaled)
+    assert (found.block(0).value is None) == (name == "gpt_neox")
+    blocks = block_rotations(source.map, 16).blocks
+    assert (blocks[0].value is None) == (name == "gpt_neox")
+
+
+def test_gemmas_gains_are_one_more_than_its_weights(tiny, ids):
+    """Folded gains leave 0 in the weights of norms that multiply by 1 + w; 1 would double what they give."""
+    source = tiny("gemma", torch.float64)
+    transform.apply(source.model, source.map, fixed_rotations(source.map, 0))
+    norms = {n: p for n, p in source.model.named_parameters() if "norm" in n}
+    assert len(norms) == 7 and all(not weight.any() for weight in norms.values())
 
 
 def test_missing_one_fold_is_seen(tiny, ids):
@@ -311,6 +351,18 @@ def test_flat_lowers_every_blocks_loss_and_repeats(optimizer, tiny, ids):
         assert all(torch.equal(a.weight_clips[n], b.weight_clips[n]) for n in a.weight_clips)
 
 
+@pytest.mark.parametrize("name", ["llama-bias", *NEW])
+def test_a_block_that_is_learned_is_the_block(name, tiny, ids):
+    """Before anything is rounded: maps, scales and norms as the learned block computes them change nothing."""
+    source = tiny(name)
+    given = replace(task(source.model, source.map, ids, quick("flat", learning={"epochs": 0}), a=None, w=None), kv=None)
+    found = transform.METHODS["flat"].learn(given)
+    assert not_identity(found) and set(found.block(0).scales) == set(source.map.scaled)
+    assert all(before < 1e-9 for before, _ in block_loss(found))
+    rounded = transform.METHODS["flat"].learn(replace(given, weights=W4))
+    assert all(before > 1e-6 for before, _ in block_loss(rounded))
+
+
 def test_blocks_are_independent(tiny, ids):
     """A block's result does not depend on how the others read: raising one block changes it alone."""
     source = tiny("llama")
@@ -385,6 +437,22 @@ def test_spin_lowers_its_loss_and_stays_orthogonal(optimizer, loss, tiny, ids):
     eye = torch.eye(48, dtype=torch.float64)
     assert relative(found.residual.matrix() @ found.residual.matrix().T, eye) < 1e-9
     assert relative(found.residual.matrix(), start(given).residual.matrix()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", *NEW])
+def test_spins_copy_is_the_model_before_anything_is_rounded(name, tiny, ids):
+    """With caps on scores and logits, gains that are not the weights, and no dropout."""
+    from phasequant.transform.learned import LearnedRotation
+    from phasequant.transform.spin import RotatedModel, start
+
+    source = tiny(name)
+    wanted = logits(source.model, ids[:1])
+    recipe = quick("spin", rotation={"where": "folded" if foldable(name) else "online"})
+    given = replace(task(source.model, source.map, ids, recipe, a=None, w=None), kv=None)
+    rotated = RotatedModel(given, start(given), LearnedRotation)
+    found = rotated.head(rotated.hidden(ids[:1]))
+    assert found.requires_grad and relative(found.detach(), wanted) < 1e-5
+    assert torch.equal(logits(source.model, ids[:1]), wanted)
 
 
 def test_a_block_that_learning_made_worse_keeps_its_start(tiny, ids, capsys):

@@ -18,6 +18,7 @@ from phasequant.console import note
 from phasequant.demo_model import demo_gguf
 from phasequant.errors import PhaseQuantError
 from phasequant.isolate import Prefix
+from phasequant.nn import is_capped, switch_attention
 from phasequant.surroundings import hushed_transformers, pick_device
 
 DEMO = "demo"
@@ -197,6 +198,8 @@ def wrap(
     model_map.check(model)
     check_finite(model)
     model = model.eval().requires_grad_(False)
+    if is_capped(model, model_map):
+        switch_attention(model, model_map)
     if device is not None and not stream:
         model = model.to(device)
     return Source(name, model, tokenizer, model_map, work=device if stream else None)

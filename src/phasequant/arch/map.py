@@ -33,6 +33,25 @@ class Shape:
     vocab: int
 
 
+def _family(config: PretrainedConfig) -> Family:
+    """The family of a config, or `PhaseQuantError` with what it lacks."""
+    model_type = getattr(config, "model_type", None) or "unknown"
+    found = [f for f in FAMILIES if model_type in f.model_types]
+    if not found:
+        names = {f.model_types: f.name for f in reversed(FAMILIES)}
+        supported = ", ".join(f"{name} ({', '.join(types)})" for types, name in reversed(names.items()))
+        raise PhaseQuantError(f"models of type '{model_type}' are not supported; supported are: {supported}")
+    family = next(f for f in found if all(getattr(config, name, None) == value for name, value in f.when))
+    for need in family.needs:
+        wanted = need.value if need.same_as is None else getattr(config, need.same_as)
+        given = getattr(config, need.attribute, wanted)
+        if given != wanted:
+            raise PhaseQuantError(
+                f"this {family.name} model has {need.attribute}={given}, and only {wanted} is supported: {need.why}"
+            )
+    return family
+
+
 @dataclass(frozen=True)
 class ModelMap:
     """A family's names with one model's sizes."""
@@ -43,18 +62,14 @@ class ModelMap:
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "ModelMap":
         """The map of a config; `PhaseQuantError` where the architecture is not supported."""
-        model_type = getattr(config, "model_type", None) or "unknown"
-        family = next((f for f in FAMILIES if model_type in f.model_types), None)
-        if family is None:
-            supported = ", ".join(f"{f.name} ({', '.join(f.model_types)})" for f in FAMILIES)
-            raise PhaseQuantError(f"models of type '{model_type}' are not supported; supported are: {supported}")
+        family = _family(config)
         heads = config.num_attention_heads
         return cls(
             family,
             Shape(
                 blocks=config.num_hidden_layers,
                 d_model=config.hidden_size,
-                d_ffn=config.intermediate_size,
+                d_ffn=getattr(config, family.d_ffn),
                 heads=heads,
                 kv_heads=getattr(config, "num_key_value_heads", None) or heads,
                 d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -75,6 +90,43 @@ class ModelMap:
     def group(self, name: str) -> GroupNames:
         """One group by name."""
         return next(g for g in self.groups if g.name == name)
+
+    @property
+    def unfoldable(self) -> str | None:
+        """Why a rotation of the residual stream cannot be folded into this model's weights; None where it can."""
+        family = self.family
+        if family.norm == "layer":
+            return (
+                "its LayerNorms take off the mean over the channels, which are others after a rotation: "
+                "n(x·R) is not n(x)·R"
+            )
+        if family.post_norms:
+            return (
+                f"the outputs of its sublayers go through norms of their own ({', '.join(family.post_norms)}), whose "
+                "gains do not commute with a rotation: what they add to the residual stream cannot be rotated before"
+            )
+        return None
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """Groups under whose names scales of inputs are folded: into their norm, or, for down, into up's rows."""
+        names = (self.scale_of(group.name) for group in self.groups)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    def scale_of(self, group: str) -> str | None:
+        """The name under which a group's folded scales stand: of groups that read one norm, the first. None: nothing
+        before the group can be scaled (o takes the place `value` instead)."""
+        norm = self.group(group).norm
+        if norm is None:
+            return group if group == "down" and self.family.up is not None else None
+        return next(g.name for g in self.groups if g.norm == norm)
+
+    def sharing(self, group: str) -> tuple[str, ...]:
+        """The linears that read what a group reads, those of other groups behind the same norm among them."""
+        own = self.group(group)
+        if own.norm is None:
+            return own.linears
+        return tuple(name for g in self.groups if g.norm == own.norm for name in g.linears)
 
     def block_name(self, block: int) -> str:
         """Full name of a block's module."""
@@ -98,7 +150,7 @@ class ModelMap:
         return {
             "qkv": (s.heads + 2 * s.kv_heads) * s.d_head,
             "o": s.d_model,
-            "gate_up": 2 * s.d_ffn,
+            "gate_up": len(self.group("gate_up").linears) * s.d_ffn,
             "down": s.d_model,
         }[group]
 

@@ -55,11 +55,16 @@ class PhaseQuantQuantizer(HfQuantizer):
         model_map = ModelMap.from_config(model.config)
         layout = ModelLayout.from_dict(self.quantization_config.layout, model_map)
         lay_out(model, model_map, layout, kwargs.get("dtype") or torch.float32)
+        self._laid_out = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in quant_linears(model):
             module.check(name)
+        for name, parameter in model.named_parameters():
+            dtype = self._laid_out.get(name, parameter.dtype)
+            if parameter.dtype != dtype:  # Transformers leaves what it renames in the type of the file
+                parameter.data = parameter.data.to(dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,6 +1,14 @@
 """What stands in a quantized model: linears, online maps, the packed KV cache, the attention function."""
 
-from phasequant.nn.attention import ATTENTION, SLOT, PackedCache, attach, kv_bytes_per_token, kv_in_16_bits
+from phasequant.nn.attention import (
+    ATTENTION,
+    SLOT,
+    PackedCache,
+    attach,
+    kv_bytes_per_token,
+    kv_in_16_bits,
+    switch_attention,
+)
 from phasequant.nn.kv import KVLayout, KVQuantizer, PackedLayer, PackedStates
 from phasequant.nn.layout import (
     Activations,
@@ -16,6 +24,7 @@ from phasequant.nn.layout import (
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
 from phasequant.nn.prefix import attach_prefix, prefix_length, prefix_states, without_prefix
+from phasequant.nn.softcap import is_capped
 
 __all__ = [
     "ATTENTION",
@@ -34,6 +43,7 @@ __all__ = [
     "attach",
     "attach_prefix",
     "in_16_bits",
+    "is_capped",
     "kv_bytes_per_token",
     "kv_in_16_bits",
     "lay_out",
@@ -42,5 +52,6 @@ __all__ = [
     "quant_linears",
     "replace_module",
     "set_activations",
+    "switch_attention",
     "without_prefix",
 ]

@@ -2,7 +2,7 @@
 
 Transformers calls `past_key_values.update(k, v, layer)` after RoPE and hands its result to the attention function. With
 our cache that result is packed; without a cache the function rounds k and v itself, to the same numbers. Attention
-then is Transformers' own SDPA over the dequantized states.
+then is Transformers' own SDPA over the dequantized states (`softcap` has the exception).
 
 `attach` gives a model its `KVQuantizer`s and sees to it that `generate` caches in packed layers: a fresh default cache
 is refitted before its first token. A cache that cannot be (static, or already filled in 16 bits) is said so once.
@@ -11,13 +11,13 @@ is refitted before its first token. A cache that cannot be (static, or already f
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -26,10 +26,9 @@ from phasequant.console import warn
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
 from phasequant.nn.prefix import NAME, PREFIX, before
+from phasequant.nn.softcap import attend
 
 ATTENTION = NAME
-CACHE_POSITION = 3  # of past_key_values in forward(input_ids, attention_mask, position_ids, past_key_values, …)
-AFTER_CACHE = ("inputs_embeds", "labels", "use_cache")
 SLOT = "kv_quantizer"  # the attribute of an attention module
 
 
@@ -49,7 +48,7 @@ def quantized_attention(
     prefix = getattr(module, PREFIX, None)
     if prefix is not None:
         key, value, attention_mask = before(prefix, quantizer, query, key, value, attention_mask)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(ATTENTION, quantized_attention)
@@ -95,10 +94,9 @@ def _refit_cache(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
             f"attention '{model.config._attn_implementation}' would read a 16-bit KV cache, and this model promises "
             f"{quantizers(model)[0].layout.keys.bits} bits: leave attn_implementation alone"
         )
-    if len(args) > CACHE_POSITION:
-        kwargs["past_key_values"] = args[CACHE_POSITION]
-        kwargs |= dict(zip(AFTER_CACHE, args[CACHE_POSITION + 1 :], strict=False))
-        args = args[:CACHE_POSITION]
+    if len(args) > 1:  # by name: the cache stands at another position in every family's forward
+        kwargs |= dict(zip(signature(model.forward).parameters, args, strict=False))
+        args = ()
     given = kwargs.get("past_key_values")
     use_cache = kwargs.get("use_cache")
     if use_cache is None:
@@ -126,14 +124,19 @@ def kv_in_16_bits(model: nn.Module) -> Iterator[None]:
             quantizer.enabled = True
 
 
+def switch_attention(model: PreTrainedModel, model_map: ModelMap) -> None:
+    """Have a model use our attention function."""
+    model.config._attn_implementation = ATTENTION
+    decoder = model.get_submodule(model_map.family.decoder)
+    decoder.config._attn_implementation = ATTENTION
+
+
 def attach(model: PreTrainedModel, model_map: ModelMap, make: Callable[[int], KVQuantizer]) -> None:
     """Give every block's attention the `KVQuantizer` that `make(block)` returns, and switch to our attention."""
     for block in model_map.blocks:
         attention = model.get_submodule(f"{model_map.block_name(block)}.{model_map.family.attention}")
         setattr(attention, SLOT, make(block))
-    model.config._attn_implementation = ATTENTION
-    decoder = model.get_submodule(model_map.family.decoder)
-    decoder.config._attn_implementation = ATTENTION
+    switch_attention(model, model_map)
     model.register_forward_pre_hook(_refit_cache, with_kwargs=True)
 
 

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from phasequant.arch import GROUPS, ModelMap
 from phasequant.errors import PhaseQuantError
-from phasequant.nn.attention import attach
+from phasequant.nn.attention import attach, switch_attention
 from phasequant.nn.kv import KVLayout, KVQuantizer
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
 from phasequant.nn.prefix import attach_prefix
+from phasequant.nn.softcap import is_capped
 from phasequant.numerics import QuantSpec
 
 Activations = dict[tuple[int, str], QuantSpec | None]
@@ -193,6 +194,8 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
             dtype=dtype,
         )
         replace_module(model, name, module)
+    if is_capped(model, model_map):
+        switch_attention(model, model_map)
     device = next(model.parameters()).device
     if layout.kv:
         attach(model, model_map, lambda block: KVQuantizer(layout.kv[block], model_map.shape.d_head, device))

@@ -55,7 +55,7 @@ class _Inputs:
 
     def _keeper(self, group: str) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0][0]
+            x = args[0].flatten(0, -2)  # one sequence at a time; some blocks drop its axis before the MLP
             if isinstance(module, QuantLinear):
                 x = module.prepare(x)
             x = x.to(torch.float32)

@@ -1,6 +1,7 @@
 r"""Putting a `Transform` into a model: maps folded in fp64, linears replaced by `QuantLinear`s.
 
-For a reader of a norm with gain γ, new gain g (γ·c, or c where gains are folded), residual rotation R1 and online T:
+For a reader of a norm with gain γ (`norms`), new gain g (γ·c, or c where gains are folded), residual rotation R1 and
+online T:
 
     n(x)·diag(γ)·Wᵀ  =  [ n(xR1)·diag(g)·T ] · W'ᵀ,      W' = W·diag(γ)·R1·diag(1/g)·T^{-T}   (R1 only with folded γ)
 
@@ -22,9 +23,9 @@ from phasequant.console import progress
 from phasequant.nn import OnlineMap, QuantLinear, replace_module
 from phasequant.numerics import LinearMap
 from phasequant.stream import resident
-from phasequant.transform.contract import BlockTransform, Transform
+from phasequant.transform.contract import BlockTransform, Transform, check_folding, check_places
+from phasequant.transform.norms import WORK, gain_of, scale_bias, set_gain, stored_gain
 
-WORK = torch.float64
 ROWS = 4096  # of embeddings and head at once
 Dense = tuple[Tensor, Tensor | None]
 
@@ -61,18 +62,28 @@ def _write(dense: Dense, out: LinearMap) -> Dense:
     return out.apply(weight.T).T, None if bias is None else out.apply(bias)
 
 
-def _new_gain(norm: nn.Module, scale: Tensor | None, folds: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Give a norm its new gain g; what its readers' columns are multiplied by before R1, and divided by after."""
-    weight = norm.get_parameter("weight")
-    old = weight.detach().to(WORK, copy=True)
+def _new_gain(
+    norm: nn.Module, kind: str, scale: Tensor | None, folds: bool, stored: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Give a norm its new gain g (and bias); what its readers' columns are multiplied by before R1, and divided by
+    after."""
+    old = gain_of(norm, kind)
     one = torch.ones_like(old)
     new = one if folds else old
     if scale is not None:
-        new = (new * scale.to(new)).to(stored).to(WORK)
-    weight.data.copy_(new.to(weight.dtype))
+        new = stored_gain(new * scale.to(new), kind, stored)
+    if folds or scale is not None:
+        set_gain(norm, kind, new)
     if folds:
         return old, new
-    return torch.where(new != 0, old / new.where(new != 0, 1.0), 0.0), one
+    if kind != "layer":  # nothing comes through a gain of 0
+        return torch.where(new != 0, old / new.where(new != 0, 1.0), 0.0), one
+    if scale is None:
+        return one, one
+    alive = (old != 0) & (new != 0)
+    back = torch.where(alive, old / new.where(alive, 1.0), scale.to(old).reciprocal())
+    scale_bias(norm, back.reciprocal())
+    return back, one
 
 
 def transform_block(
@@ -86,6 +97,9 @@ def transform_block(
 ) -> None:
     """Change one block in place."""
     family, shape = model_map.family, model_map.shape
+    check_places(maps, model_map)
+    if folds_norms or residual is not None:
+        check_folding(model_map)
     dense: dict[str, Dense] = {}
     for group in model_map.groups:
         for name in group.linears:
@@ -93,17 +107,20 @@ def transform_block(
             assert isinstance(linear, nn.Linear)
             own = linear.bias.detach().to(WORK) if linear.bias is not None else None
             dense[name] = linear.weight.detach().to(WORK), own
-    if maps.value is not None:
+    if maps.value is not None and family.value is not None:
         dense[family.value] = _write(dense[family.value], maps.value)
-    if "down" in maps.scales:
+    if "down" in maps.scales and family.up is not None:
         dense[family.up] = _write(dense[family.up], LinearMap.scaling(maps.scales["down"]))
+    gains: dict[str, tuple[Tensor, Tensor]] = {}
     for group in model_map.groups:
-        scale = maps.scales.get(group.name)
-        if group.norm is not None:
-            before, after = _new_gain(block.get_submodule(group.norm), scale, folds_norms, stored)
+        scale = maps.scales.get(model_map.scale_of(group.name) or "")
+        if group.norm is not None and group.norm not in gains:
+            norm = block.get_submodule(group.norm)
+            gains[group.norm] = _new_gain(norm, family.norm, scale, folds_norms, stored)
         for name in group.linears:
             weight, bias = dense[name]
             if group.norm is not None:
+                before, after = gains[group.norm]
                 weight = _weight_in(weight, before, residual) / after.to(weight)
             elif scale is not None:
                 weight = weight / scale.to(weight)
@@ -146,6 +163,8 @@ def apply(
     embeddings = model.get_submodule(family.embeddings)
     head = model.get_submodule(family.head)
     stored = stored or embeddings.weight.dtype
+    if transform.folds_norms or transform.residual is not None:
+        check_folding(model_map)
     if transform.residual is not None:
         _by_rows(embeddings.weight.data, transform.residual.apply)
     with progress(f"transform ({transform.method})", model_map.shape.blocks) as tick:
@@ -163,8 +182,8 @@ def apply(
             tick()
     gain = None
     if transform.folds_norms:
-        norm = model.get_submodule(family.final_norm).get_parameter("weight")
-        gain = norm.detach().to(WORK, copy=True)
-        norm.data.fill_(1.0)
+        norm = model.get_submodule(family.final_norm)
+        gain = gain_of(norm, family.norm)
+        set_gain(norm, family.norm, torch.ones_like(gain))
     if gain is not None or transform.residual is not None:
         _by_rows(head.weight.data, lambda rows: _weight_in(rows, gain, transform.residual))

@@ -11,9 +11,10 @@ computation (rows; no entry = identity):
     gate_up    D × D         online, after the norm and its gain
     down       F × F         online before down
 
-and diagonal scales c of a group's input channels, always folded: of qkv and gate_up into the norm's gain, of down into
-up's rows (x·diag(c); the weights that read it are divided by c). Clips are the learned grids: fractions of the largest
-magnitude, per weight row, per group of inputs, for keys and for values.
+and diagonal scales c of a group's input channels, always folded: of qkv and gate_up into the norm's gain and bias (one
+c, named qkv, where both read one norm), of down into up's rows (x·diag(c); the weights that read it are divided by c).
+A family that has no linear for a place leaves it empty: `check_places`. Clips are the learned grids: fractions of the
+largest magnitude, per weight row, per group of inputs, for keys and for values.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +28,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap
+from phasequant.errors import PhaseQuantError
 from phasequant.nn import Activations
 from phasequant.numerics import LinearMap, QuantSpec
 from phasequant.recipe import LearningPart, RotationPart, TransformPart
 
 SCALED = ("qkv", "gate_up", "down")
-"""Groups whose inputs can carry folded scales."""
+"""Groups whose inputs can carry folded scales, where the family has a linear for it (`ModelMap.scaled`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,26 @@ class BlockTransform:
 MAPS = ("qkv", "value", "heads", "qk", "gate_up", "down")
 
 
+def check_folding(model_map: ModelMap) -> None:
+    """Refuse to fold a rotation of the residual stream where that would change the model."""
+    if model_map.unfoldable is not None:
+        raise PhaseQuantError(
+            f"no rotation of the residual stream can be folded into a {model_map.family.name} model: "
+            f"{model_map.unfoldable}; set rotation.where=online, which rotates after the norms"
+        )
+
+
+def check_places(block: BlockTransform, model_map: ModelMap) -> None:
+    """Refuse maps and scales for which the family has no linear to be folded into."""
+    wrong = [f"scales of {group}" for group in block.scales if group not in model_map.scaled]
+    wrong += ["a map of values"] if block.value is not None and model_map.family.value is None else []
+    if wrong:
+        raise PhaseQuantError(
+            f"{' and '.join(wrong)} cannot be folded into a {model_map.family.name} model, whose scales can stand at "
+            f"{', '.join(model_map.scaled)} only: the transform was made for another family; learn it anew"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Transform:
     """The maps of one model; `folds_norms` says that norm gains move into the linears that read them."""
@@ -90,12 +112,13 @@ class Transform:
         """One entry a place, for reports: which matrix, on which rung, folded or online, at what cost a token, over all
         blocks. The map of keys runs only where the KV cache is quantized (`kv`)."""
         shape = model_map.shape
+        gated = len(model_map.group("gate_up").linears) > 1
         places = (
             ("qkv", "input of q, k, v", "online", 1),
             ("value", "values, per kv head", "folded", 0),
             ("heads", "heads, before o", "online", 1),
             ("qk", "queries and keys, after RoPE", "online", shape.heads + shape.kv_heads),
-            ("gate_up", "input of gate and up", "online", 1),
+            ("gate_up", "input of gate and up" if gated else "input of the MLP", "online", 1),
             ("down", "input of down", "online", 1),
         )
         found: list[dict[str, Any]] = []

@@ -100,13 +100,15 @@ def sample(task: Task, *, values: bool, down: bool) -> Samples:
             inputs["o"] = Sample(SITE_TOKENS, own)
         if down:
             inputs["down"] = Sample(SITE_TOKENS, own)
-        v = Sample(SITE_TOKENS, own) if values else None
+        v = Sample(SITE_TOKENS, own) if values and task.map.family.value is not None else None
         with gather(step.block, task.map, inputs=inputs, norms=norms, values=v):
             step.drain()
         found.norms |= {(step.index, name): s.rows for name, s in norms.items()}
         found.gained |= {(step.index, name): inputs[name].rows for name in readers if online}
-        if values and v is not None:
-            found.values[step.index], found.heads[step.index] = v.rows, inputs["o"].rows
+        if v is not None:
+            found.values[step.index] = v.rows
+        if values:
+            found.heads[step.index] = inputs["o"].rows
         if down:
             found.down[step.index] = inputs["down"].rows
     return found

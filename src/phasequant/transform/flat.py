@@ -1,9 +1,11 @@
 r"""FlatQuant: Kronecker maps, head maps, scales and clips, learned block by block (arXiv 2410.09426).
 
     qkv, gate_up, down   x·diag(c)·(A ⊗ B)    online: n·(a + b) multiply-adds a token, n = a·b as square as can be;
-                                               c folded into the norm's gain, or into up's rows
+                                               c folded into the norm's gain and bias, or into up's rows, where
+                                               there is one; linears behind one norm share one c
     o                    y·(M ⊗ I_H)           online: N·(N·H)
-    value                V by kv head          folded into v, its inverse into o; the V cache is rounded in it
+    value                V by kv head          folded into v, its inverse into o; the V cache is rounded in it (where
+                                               v is a linear of its own)
     keys, queries        k·P, q·P^{-T}         online, (N + K)·H², where the KV cache is quantized
 
 with A, B, M, P any invertible matrices; weights hold the inverse. Learned with `blockwise`: every block alone, its
@@ -29,11 +31,12 @@ from phasequant.numerics import LinearMap, hadamard, random_orthogonal, spreadin
 from phasequant.numerics.hadamard import is_order
 from phasequant.stream import Step
 from phasequant.transform.blockwise import learn_blocks
-from phasequant.transform.contract import MAPS, SCALED, BlockTransform, Task, Transform
+from phasequant.transform.contract import MAPS, BlockTransform, Task, Transform
 from phasequant.transform.gather import Largest, gather, group_weight
 from phasequant.transform.quarot import fixed_rotations
 from phasequant.transform.wush import align_block, block_orders
 
+MAPPED = ("qkv", "gate_up", "down")
 ALPHA = 0.3
 LARGEST_FACTOR = 512
 SMALLEST_BLOCK = 16
@@ -68,18 +71,19 @@ def kronecker_start(n: int, start: str, seed: int) -> LinearMap | None:
 def _begin(task: Task) -> Transform:
     shape, learning = task.map.shape, task.learning
     base = fixed_rotations(task.map, task.seed, "online", "flat")
-    maps = {group: kronecker_start(task.map.width_in(group), learning.start, task.seed) for group in SCALED}
+    maps = {group: kronecker_start(task.map.width_in(group), learning.start, task.seed) for group in MAPPED}
     for group, found in maps.items():
         if found is None or found.kind != "kronecker":
             note(f"flat: {group} is {task.map.width_in(group)} wide, which has no two factors up to "
                  f"{LARGEST_FACTOR}: taken is {found or 'no map, scales alone'}")  # fmt: skip
     block = base.block(0).with_maps(maps)
-    if learning.start == "random":
-        heads = torch.stack([random_orthogonal(shape.d_head, task.seed + i) for i in range(shape.kv_heads)])
+    if block.value is not None:
+        if learning.start == "random":
+            heads = torch.stack([random_orthogonal(shape.d_head, task.seed + i) for i in range(shape.kv_heads)])
+        else:
+            one = spreading_rotation(shape.d_head, task.seed).matrix()
+            heads = one.expand(shape.kv_heads, -1, -1)
         block = replace(block, value=LinearMap.dense(heads))
-    else:
-        one = spreading_rotation(shape.d_head, task.seed).matrix()
-        block = replace(block, value=LinearMap.dense(one.expand(shape.kv_heads, -1, -1)))
     block = replace(
         block,
         heads=spreading_mix(shape.heads, shape.d_head, task.seed) if shape.heads > 1 else None,
@@ -91,7 +95,7 @@ def _begin(task: Task) -> Transform:
 def _start_scales(step: Step, task: Task) -> dict[str, Tensor]:
     """c = w_max^{1-α} / x_max^α of every group that can carry scales; geometric mean 1."""
     alpha = ALPHA if task.part.alpha is None else task.part.alpha
-    peaks = {group: Largest() for group in SCALED}
+    peaks = {group: Largest() for group in task.map.scaled}
     with gather(step.block, task.map, inputs=peaks):
         for _ in step.probe():
             pass
@@ -100,7 +104,7 @@ def _start_scales(step: Step, task: Task) -> dict[str, Tensor]:
         if group.name in peaks:
             x_max = peaks[group.name].value
             assert x_max is not None
-            w_max = group_weight(step.block, group.linears).abs().amax(0)
+            w_max = group_weight(step.block, task.map.sharing(group.name)).abs().amax(0)
             c = w_max.clamp(min=1e-5).pow(1 - alpha) / x_max.clamp(min=1e-5).pow(alpha)
             c = torch.where((x_max > 0) & (w_max > 0), c, 1.0).log()
             found[group.name] = (c - c.mean()).exp().to("cpu", torch.float64)
@@ -120,7 +124,7 @@ def flat(task: Task) -> Transform:
             block = replace(block, scales=_start_scales(step, task))
         return block
 
-    wanted = {"qkv", "gate_up", "down"}
+    wanted = set(MAPPED)
     wanted |= {"value", "heads"} if learning.values else set()
     wanted |= {"qk"} if learning.keys else set()
     made = learn_blocks(task, start, maps=frozenset(wanted) & frozenset(MAPS), scales=learning.scales, begin=begin)

@@ -13,14 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phasequant.arch import ModelMap
+from phasequant.transform.norms import unit
 
 Collector = Callable[[Float[Tensor, "T n"]], None]
-
-
-def unit_rms(x: Float[Tensor, "T D"], norm: nn.Module) -> Float[Tensor, "T D"]:
-    """RMSNorm without its gain."""
-    epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
 
 
 @contextmanager
@@ -32,14 +27,16 @@ def gather(
     norms: Mapping[str, Collector] | None = None,
     values: Collector | None = None,
 ) -> Iterator[None]:
-    """Hooks for the time of a run: `inputs` of groups, unit outputs of their `norms` (no gain), outputs of v."""
+    """Hooks for the time of a run: `inputs` of groups, unit outputs of their `norms` (no gain), outputs of v (where
+    it is a linear of its own)."""
     hooks = []
 
     def keep_input(collect: Collector) -> Any:
         return lambda module, args: collect(args[0].flatten(0, -2).float())
 
     def keep_norm(collect: Collector) -> Any:
-        return lambda module, args: collect(unit_rms(args[0].flatten(0, -2).float(), module))
+        kind = model_map.family.norm
+        return lambda module, args: collect(unit(args[0].flatten(0, -2).float(), module, kind))
 
     for group in model_map.groups:
         if inputs and group.name in inputs:
@@ -47,7 +44,7 @@ def gather(
             hooks.append(linear.register_forward_pre_hook(keep_input(inputs[group.name])))
         if norms and group.name in norms and group.norm is not None:
             hooks.append(block.get_submodule(group.norm).register_forward_pre_hook(keep_norm(norms[group.name])))
-    if values is not None:
+    if values is not None and model_map.family.value is not None:
         take = values
         linear = block.get_submodule(model_map.family.value)
         hooks.append(linear.register_forward_hook(lambda m, a, y: take(y.flatten(0, -2).float())))

@@ -25,7 +25,7 @@ from phasequant.nn.attention import SLOT
 from phasequant.nn.prefix import PREFIX
 from phasequant.numerics import LinearMap, QuantSpec, apply_map, grid, polar, straight_through
 from phasequant.optim import qr_orthogonal
-from phasequant.transform.contract import MAPS, SCALED, BlockTransform
+from phasequant.transform.contract import MAPS, BlockTransform
 
 CLIP_START = 4.0
 LEAST_CLIP = 0.05
@@ -260,7 +260,7 @@ class LearnedBlock(nn.Module):
         self.log_scales = nn.ParameterDict(
             {
                 g: nn.Parameter(start.scales[g].to(device, torch.float32).log(), scales)
-                for g in SCALED
+                for g in model_map.scaled
                 if g in start.scales
             }
         )
@@ -297,21 +297,30 @@ class LearnedBlock(nn.Module):
         assert isinstance(found, LearnedMap)
         return found
 
-    def _install(self) -> None:
-        for group in self.model_map.groups:
-            if group.norm is not None:
-                norm = self.block.get_submodule(group.norm)
-                replace_module(self.block, group.norm, _Prepared(norm, self._preparer(group.name, scaled=True)))
-            inputs = self._preparer(group.name, scaled=False) if group.norm is None else _same
-            for name in group.linears:
-                replace_module(self.block, name, _Reader(inputs, self._maker(name, group.name)))
+    def _scale(self, group: str) -> Tensor | None:
+        """What a group's input is scaled by."""
+        name = self.model_map.scale_of(group)
+        return None if name is None or name not in self.log_scales else self.log_scales[name].exp()
 
-    def _preparer(self, group: str, scaled: bool) -> Callable[[Tensor], Tensor]:
+    def _install(self) -> None:
+        norms = [group.norm for group in self.model_map.groups]
+        for group in self.model_map.groups:
+            prepare, alone = self._preparer(group.name), norms.count(group.norm) == 1
+            if group.norm is not None and alone:  # once for all readers; of two groups each has its own map and grid
+                norm = self.block.get_submodule(group.norm)
+                replace_module(self.block, group.norm, _Prepared(norm, prepare))
+                prepare = _same
+            for name in group.linears:
+                replace_module(self.block, name, _Reader(prepare, self._maker(name, group.name)))
+
+    def _preparer(self, group: str) -> Callable[[Tensor], Tensor]:
         rounded, online = self.inputs[group], self._map("heads" if group == "o" else group)
+        behind_norm = self.model_map.group(group).norm is not None
 
         def prepare(x: Tensor) -> Tensor:
-            if scaled and group in self.log_scales:
-                x = x * self.log_scales[group].exp()
+            scale = self._scale(group) if behind_norm else None  # down's stands in up's rows
+            if scale is not None:
+                x = x * scale
             return rounded(x if online is None else online(x))
 
         return prepare
@@ -335,8 +344,9 @@ class LearnedBlock(nn.Module):
             weight, bias = self._frozen[name]
             if reads_norm and residual is not None:
                 weight = residual(weight)
-            if group in self.log_scales:
-                weight = weight / self.log_scales[group].exp()
+            scale = self._scale(group)
+            if scale is not None:
+                weight = weight / scale
             if name == family.value and value is not None:
                 weight = value(weight.T).T
                 bias = None if bias is None else value(bias)

@@ -16,8 +16,9 @@ M ⊗ R2 over the whole width; before down R4 acts on the product of the MLP; R3
                      whose blocks are in R2. What MR-GPTQ (arXiv 2509.23202) does for FP4, whose scales span 16 or 32
 
 Folded, every norm's readers see the residual in one common rotation, and its gains are lost to the weights; online, the
-gains have flattened the input before it is rotated, and norms that cannot be folded are no obstacle. R1 is a randomized
-Hadamard diag(±1)·H (seed of the recipe); the others are plain. Where no Hadamard matrix exists the ladder of
+gains have flattened the input before it is rotated, and norms that cannot be folded are no obstacle: LayerNorms and
+norms after the sublayers, with which folding is refused. Where v is no linear of its own there is no R2. R1 is a
+randomized Hadamard diag(±1)·H (seed of the recipe); the others are plain. Where no Hadamard matrix exists the ladder of
 `numerics.hadamard` decides, and the report says so: 9 heads take a random orthogonal M.
 
 Not done: QuaRot's code also subtracts the mean of every embedding row. That suits LayerNorm; with RMSNorm it changes
@@ -28,18 +29,20 @@ from phasequant.arch import ModelMap
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics import spreading_mix, spreading_rotation
 from phasequant.numerics.hadamard import is_order
-from phasequant.transform.contract import BlockTransform, Task, Transform
+from phasequant.transform.contract import BlockTransform, Task, Transform, check_folding
 
 
 def fixed_rotations(model_map: ModelMap, seed: int, where: str = "folded", method: str = "quarot") -> Transform:
     """QuaRot's rotations for a model; also where the learned methods begin."""
     shape = model_map.shape
     folded = where == "folded"
+    if folded:
+        check_folding(model_map)
     reader = None if folded else spreading_rotation(shape.d_model, seed)
     block = BlockTransform(
         qkv=reader,
         gate_up=reader,
-        value=spreading_rotation(shape.d_head, seed, copies=shape.kv_heads),
+        value=spreading_rotation(shape.d_head, seed, copies=shape.kv_heads) if model_map.family.value else None,
         heads=spreading_mix(shape.heads, shape.d_head, seed) if shape.heads > 1 else None,
         qk=spreading_rotation(shape.d_head, seed),
         down=spreading_rotation(shape.d_ffn, seed),
@@ -59,10 +62,11 @@ def block_rotations(model_map: ModelMap, size: int) -> Transform:
             )
     head = size if shape.d_head % size == 0 else shape.d_head
     made = [spreading_rotation(size, copies=width // size) for width in (shape.d_model, shape.d_ffn)]
+    copies = shape.kv_heads * shape.d_head // head
     block = BlockTransform(
         qkv=made[0],
         gate_up=made[0],
-        value=spreading_rotation(head, copies=shape.kv_heads * shape.d_head // head),
+        value=spreading_rotation(head, copies=copies) if model_map.family.value else None,
         qk=spreading_rotation(shape.d_head),
         down=made[1],
     )

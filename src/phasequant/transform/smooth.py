@@ -2,12 +2,15 @@ r"""SmoothQuant: scale migration from activations into weights (arXiv 2211.10438
 
     s_j = max|X_j|^α / max|W_j|^{1-α}        x → x / s,  W → W·diag(s)         W over all linears that read X
 
-    qkv, gate_up   1/s goes into the norm's gain                         SmoothQuant's own places
-    down           1/s goes into up's rows
+    qkv, gate_up   1/s goes into the norm's gain and bias                SmoothQuant's own places
+    down           1/s goes into up's rows (or, before a ReLU, into the rows of the linear before it)
     o              1/s goes into v's rows; query heads of one kv head share their s
 
-All folded: nothing runs online. It flattens channels, not tokens, and was made for 8 bits; at W4A4 it alone does not
-hold (methods.md §8 has the published collapse), which our table shows too. α is one per model: given, or the one of
+Linears behind one norm share one s, whichever groups they are of; where no linear's rows scale a group's input (the
+input of down behind a GELU, of o where q, k and v are one linear) it keeps its scale. All folded: nothing runs online.
+
+It flattens channels, not tokens, and was made for 8 bits; at W4A4 it alone does not hold (methods.md §8 has the
+published collapse), which our table shows too. α is one per model: given, or the one of
 0.3 … 0.9 with the least error of all groups' outputs, Σ ‖Q(X/s)·Q(W·s)ᵀ - XWᵀ‖²/‖XWᵀ‖², on a sample of tokens.
 """
 
@@ -50,14 +53,15 @@ def over_query_heads(values: Float[Tensor, " k"], model_map: ModelMap) -> Float[
 def _scales(
     block: nn.Module, model_map: ModelMap, x_max: dict[str, Tensor], alpha: float
 ) -> dict[str, Float[Tensor, " n"]]:
-    """Group → s over its input channels."""
-    found = {}
+    """Group → s over its input channels, of the groups that can be scaled."""
+    found: dict[str, Tensor] = {}
     for group in model_map.groups:
-        peak, w_max = x_max[group.name], group_weight(block, group.linears).abs().amax(0)
-        if group.name == "o":
+        carrier = model_map.scale_of(group.name)
+        peak, w_max = x_max[group.name], group_weight(block, model_map.sharing(group.name)).abs().amax(0)
+        if group.name == "o" and model_map.family.value is not None:
             peak, w_max = (shared_by_kv_heads(values, model_map) for values in (peak, w_max))
             found["o"] = over_query_heads(migration(peak, w_max, alpha), model_map)
-        else:
+        elif carrier is not None:
             found[group.name] = migration(peak, w_max, alpha)
     return found
 
@@ -100,7 +104,7 @@ def smooth(task: Task) -> Transform:
         for alpha in alphas:
             scales = _scales(step.block, task.map, x_max, alpha)
             if len(alphas) > 1:
-                for group in task.map.groups:
+                for group in (g for g in task.map.groups if g.name in scales):
                     weight = group_weight(step.block, group.linears)
                     grid = task.activations.get((step.index, group.name))
                     errors[alpha] += _error(samples[group.name], weight, scales[group.name], grid, weights)
@@ -115,5 +119,5 @@ def smooth(task: Task) -> Transform:
 
 def _block(scales: dict[str, Tensor], model_map: ModelMap) -> BlockTransform:
     inverse = {name: s.reciprocal().to("cpu", torch.float64) for name, s in scales.items()}
-    value = LinearMap.scaling(shared_by_kv_heads(inverse.pop("o"), model_map))
-    return BlockTransform(value=value, scales=inverse)
+    value = LinearMap.scaling(shared_by_kv_heads(inverse["o"], model_map)) if "o" in inverse else None
+    return BlockTransform(value=value, scales={name: inverse[name] for name in model_map.scaled})

@@ -6,6 +6,7 @@ rounding passed straight through. Learned are R1 (one for the residual, or, with
 of a rotation after every norm) and R2 (every kv head of every block); R3 and R4 stay Hadamards. All start as QuaRot's.
 
     folded   R1, R2: free at inference        online   R3, R4; nothing before o (SpinQuant has no mixing of heads)
+             R2 only where v is a linear of its own
 
 Optimizers (`learning.optimizer`): `cayley` (SGD on the Stiefel manifold, SpinQuant's: lr 1.5, cosine to 0, 100 steps);
 `qr-orth` (DartQuant's: SGD on free Z, R = qr(Z)); `zeta` (Zeta on those Z). Weights are rounded too, each row at the
@@ -20,6 +21,7 @@ rotations can be kept: `Quantized.transform` with `save_transform`, and given ba
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +30,14 @@ from transformers import PreTrainedModel
 from phasequant.arch import GROUPS
 from phasequant.console import note, progress
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import QuantLinear
+from phasequant.nn import QuantLinear, replace_module
 from phasequant.nn.attention import ATTENTION
 from phasequant.numerics import LinearMap
 from phasequant.optim import CayleySGD, Zeta
 from phasequant.transform.apply import transform_block
 from phasequant.transform.contract import BlockTransform, Task, Transform
 from phasequant.transform.learned import LearnedBlock, LearnedRotation, QrRotation, searched_clips
+from phasequant.transform.norms import gain_of, set_gain
 from phasequant.transform.quarot import fixed_rotations
 
 RATES = {"cayley": 1.5, "qr-orth": 0.5, "zeta": 5e-3}
@@ -45,10 +48,10 @@ def start(task: Task) -> Transform:
     """Where learning begins: QuaRot's rotations without the mixing of heads, one R2 for every kv head."""
     base = fixed_rotations(task.map, task.seed, task.rotation.where, "spin")
     shape = task.map.shape
-    one = base.block(0).value
-    assert one is not None
-    matrix = one.matrix()[: shape.d_head, : shape.d_head]
-    own = LinearMap.dense(matrix.expand(shape.kv_heads, -1, -1), one.kind)
+    one, own = base.block(0).value, None
+    if one is not None:
+        matrix = one.matrix()[: shape.d_head, : shape.d_head]
+        own = LinearMap.dense(matrix.expand(shape.kv_heads, -1, -1), one.kind)
     base = base.changed(lambda _, block: replace(block, value=own, heads=None))
     if base.residual is not None:
         base = replace(base, residual=LinearMap.dense(base.residual.matrix(), base.residual.kind))
@@ -58,17 +61,38 @@ def start(task: Task) -> Transform:
 class _Unrotated(nn.Module):
     """The final norm of a rotated stream: n(xR1)·R1ᵀ·diag(γ) = n(x)·diag(γ), so that the head stays as it is."""
 
-    def __init__(self, norm: nn.Module, residual: LearnedRotation | None) -> None:
+    def __init__(self, norm: nn.Module, kind: str, residual: LearnedRotation) -> None:
         super().__init__()
-        self.gain = norm.get_parameter("weight").detach().clone()
-        norm.get_parameter("weight").data.fill_(1.0)
+        gain = gain_of(norm, kind)
+        set_gain(norm, kind, torch.ones_like(gain))
+        self.gain = gain.to(norm.get_parameter("weight").dtype)
         self.norm = norm
         self.residual = (residual,)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
         (residual,) = self.residual
-        return (y if residual is None else y @ residual.factors()[0][0].T) * self.gain
+        found: Tensor = self.norm(x) @ residual.factors()[0][0].T * self.gain
+        return found
+
+
+class _Checkpointed(nn.Module):
+    """A block that is computed again for the gradient. (Transformers' own checkpointing runs in training mode alone,
+    which would let a model's dropout loose.)"""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, x: Tensor, **arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.block(x, **arguments)
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False, **arguments)
 
 
 class RotatedModel(nn.Module):
@@ -76,11 +100,11 @@ class RotatedModel(nn.Module):
 
     def __init__(self, task: Task, begin: Transform, make: type[LearnedRotation]) -> None:
         super().__init__()
-        self.model: PreTrainedModel = copy.deepcopy(task.model).float().to(task.device).requires_grad_(False)
+        self.model: PreTrainedModel = copy.deepcopy(task.model).float().to(task.device).eval().requires_grad_(False)
         family = task.map.family
         self.residual = make(begin.residual).to(task.device) if begin.residual is not None else None
         weights = task.weights if task.learning.through_weights else None
-        learned = {"value"} if begin.residual is not None else {"value", "qkv", "gate_up"}
+        learned = {"value"} if begin.residual is not None else {"value", "qkv", "gate_up"}  # value: where there is one
         self.blocks = nn.ModuleList()
         for index in task.map.blocks:
             block = self.model.get_submodule(task.map.block_name(index))
@@ -115,12 +139,14 @@ class RotatedModel(nn.Module):
         self.model.config._attn_implementation = ATTENTION
         decoder = self.model.get_submodule(family.decoder)
         decoder.config._attn_implementation = ATTENTION
-        parent, _, leaf = family.final_norm.rpartition(".")
-        norm = self.model.get_submodule(family.final_norm)
-        setattr(self.model.get_submodule(parent), leaf, _Unrotated(norm, self.residual))
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
+        if self.residual is not None:
+            norm = self.model.get_submodule(family.final_norm)
+            replace_module(self.model, family.final_norm, _Unrotated(norm, family.norm, self.residual))
+        for index in task.map.blocks:
+            name = task.map.block_name(index)
+            replace_module(self.model, name, _Checkpointed(self.model.get_submodule(name)))
         self.family = family
+        self.cap = None if family.logit_softcap is None else getattr(self.model.config, family.logit_softcap, None)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) → (B, T, D), after the final norm."""
@@ -136,7 +162,7 @@ class RotatedModel(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Logits."""
         found: Tensor = self.model.get_submodule(self.family.head)(x)
-        return found
+        return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
 
     def result(self, begin: Transform) -> Transform:
         """The rotations as they stand."""

@@ -10,7 +10,8 @@ so activations and weights come to the same second moments, spread by a Hadamard
 
     online    T before qkv, gate_up and down: B multiply-adds a channel and token (B = `transform.block`, 128 or the
               largest divisor of the width below it)
-    folded    the map of v by kv head, its inverse in o: T for o costs nothing; M and R3 as in QuaRot, online
+    folded    the map of v by kv head, its inverse in o (where v is a linear of its own): T for o costs nothing; M and
+              R3 as in QuaRot, online
 
 Works alone, and as a start for `flat` (`learning.start: wush`), which then learns block-diagonal maps.
 """
@@ -89,6 +90,8 @@ def align_block(step: Step, task: Task, start: BlockTransform, orders: dict[str,
     for group in task.map.groups:
         x = moments[group.name].mean
         w = _weight_moments(group_weight(step.block, group.linears), orders[group.name]).to(x.device)
+        if group.name == "o" and task.map.family.value is None:
+            continue
         if group.name == "o":  # query heads of one kv head share its map
             x, w = (z.unflatten(0, (shape.kv_heads, -1)).mean(1) for z in (x, w))
         found = aligning(x, w, task.seed).cpu()

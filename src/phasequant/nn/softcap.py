@@ -1,0 +1,68 @@
+r"""Attention whose scores are capped, as Gemma 2's are: softmax( cap·tanh(q·kᵀ·s / cap) + mask )·v.
+
+Transformers' SDPA leaves the cap out without a word, so here it is written out; at N·T·S numbers of scores a sequence
+in memory, as in Transformers' eager attention, whose numbers these are (softmax in at least fp32). A model whose config
+names a cap is given our attention function when it is opened, in 16 bits too: what quantization is measured against
+must be the model itself.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from phasequant.arch import ModelMap
+
+
+def capped_attention(
+    query: Float[Tensor, "B N T H"],
+    key: Float[Tensor, "B K S H"],
+    value: Float[Tensor, "B K S H"],
+    mask: Tensor | None,
+    *,
+    cap: float,
+    scale: float,
+    causal: bool = True,
+) -> Float[Tensor, "B N T H"]:
+    """`mask`: True or 0 where a key is seen; None: those up to the query, as SDPA's `is_causal` has it."""
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    scores = cap * torch.tanh(query @ key.transpose(-1, -2) * scale / cap)
+    if mask is None and causal and query.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores, -1, dtype=wide).to(query.dtype) @ value
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' SDPA, or `capped_attention` where the model calls for a cap."""
+    cap = options.get("softcap")
+    if cap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale = options.get("scaling")
+    causal = options.get("is_causal")
+    found = capped_attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        cap=cap,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=getattr(module, "is_causal", True) if causal is None else causal,
+    )
+    return found.transpose(1, 2).contiguous(), None
+
+
+def is_capped(model: PreTrainedModel, model_map: ModelMap) -> bool:
+    """Whether a model's attention scores are capped."""
+    name = model_map.family.softcap
+    return name is not None and getattr(model.config, name, None) is not None
