@@ -171,7 +171,7 @@ def test_save_and_load_with_a_prefix_and_static_grids(name, tiny, ids, text_file
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["layout"]["prefix"]
 
 
-@pytest.mark.parametrize("method", ["smooth", "dfrot", "frtq", "spin", "flat", "wush"])
+@pytest.mark.parametrize("method", ["smooth", "os-plus", "dfrot", "frtq", "spin", "flat", "wush"])
 def test_every_transform_keeps_the_prefix(method, tiny, ids, text_file):
     """Un-quantized, a transformed model behind its prefix gives the logits of the raw one behind its own."""
     learning = {"sequences": 2, "seqlen": 24, "batch": 1, "epochs": 1, "steps": 1}
