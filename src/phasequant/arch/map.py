@@ -165,7 +165,12 @@ class ModelMap:
 
     def describe(self) -> dict[str, Any]:
         """Family and sizes, for JSON."""
-        return {"family": self.family.name, **asdict(self.shape), "notes": list(self.family.notes)}
+        return {
+            "family": self.family.name,
+            **asdict(self.shape),
+            "macs_total": self.macs_total,
+            "notes": list(self.family.notes),
+        }
 
     def fingerprint(self) -> str:
         """Names the architecture and sizes in 12 characters: equal where a plan fits."""
