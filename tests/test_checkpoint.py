@@ -77,6 +77,18 @@ def test_saving_a_loaded_model_again_keeps_every_tensor(tiny, tmp_path):
         assert torch.equal(one[key], two[key]), key
 
 
+def test_what_nothing_folds_into_stays_tied(tiny, ids, tmp_path):
+    run = quantized(tiny("llama"), "quarot-online")
+    run.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    again = phasequant.load(tmp_path / "out")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, run.model(ids).logits)
+
+
 def test_files_hold_what_they_promise(tiny, tmp_path):
     run = quantized(tiny("llama"), "dynamicptq")
     run.save(tmp_path / "out")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import COMMON, CONFIGS, foldable, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
 
 import phasequant
 from phasequant import isolate
@@ -18,6 +18,7 @@ from phasequant.nn import attach_prefix, kv_in_16_bits, prefix_states, quant_lin
 from phasequant.nn.attention import ATTENTION
 from phasequant.observe import spike_ratio, sweep, token_spikes
 from phasequant.recipe import PrefixPart, Recipe
+from phasequant.source import open_model
 from phasequant.transform import fixed_rotations
 from phasequant.transform.learned import LearnedBlock
 
@@ -171,7 +172,7 @@ def test_save_and_load_with_a_prefix_and_static_grids(name, tiny, ids, text_file
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["layout"]["prefix"]
 
 
-@pytest.mark.parametrize("method", ["smooth", "dfrot", "frtq", "spin", "flat", "wush"])
+@pytest.mark.parametrize("method", ["smooth", "os-plus", "dfrot", "frtq", "spin", "flat", "wush"])
 def test_every_transform_keeps_the_prefix(method, tiny, ids, text_file):
     """Un-quantized, a transformed model behind its prefix gives the logits of the raw one behind its own."""
     learning = {"sequences": 2, "seqlen": 24, "batch": 1, "epochs": 1, "steps": 1}
@@ -198,6 +199,20 @@ def test_learning_sees_the_prefix(tiny, ids):
     learned = LearnedBlock(block, source.map, start, none, None, None)
     block.self_attn.config._attn_implementation = ATTENTION
     assert close(learned(hidden, **arguments), wanted)
+
+
+def test_chat_does_not_begin_a_text_twice(tiny, text_file, tmp_path, monkeypatch):
+    run = phasequant.quantize(tiny("llama"), recipe_of(text_file))
+    run.save(tmp_path / "out")
+    given = []
+    source = open_model(tmp_path / "out")
+    monkeypatch.setattr(
+        type(source.tokenizer), "__call__", lambda *a, **k: BatchEncoding({"input_ids": torch.tensor([[256, 72, 73]])})
+    )
+    generate = source.model.generate
+    monkeypatch.setattr(source.model, "generate", lambda **k: given.append(k["input_ids"]) or generate(**k))
+    phasequant.chat(source, "Hi", max_new_tokens=2)
+    assert given[0].tolist() == [[72, 73]]
 
 
 # --- searches --------------------------------------------------------------------------------------------------------

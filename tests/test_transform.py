@@ -20,12 +20,14 @@ from phasequant.transform import BlockTransform, Task, Transform, fixed_rotation
 from phasequant.transform.dfrot import alternate, massive_tokens, rounding_error
 from phasequant.transform.flat import kronecker_start, squarest
 from phasequant.transform.frtq import precondition, uniform_target
+from phasequant.transform.os_plus import search
 from phasequant.transform.quarot import block_rotations
 from phasequant.transform.smooth import migration
 from phasequant.transform.wush import aligning
 
 # Transformers computes RMSNorm in fp32 whatever the model, so fp64 logits agree to fp32 rounding, not better.
 TOLERANCE = 2e-6
+STATIC = QuantSpec(8, True, "tensor", static=True)
 A4, W4 = QuantSpec(4, True, "token"), QuantSpec(4, True, "channel")
 QUICK = {
     "rotation": {"iterations": 3, "preconditioning": 3, "down": "learned"},
@@ -84,9 +86,10 @@ def test_every_method_keeps_logits(method, name, where, tiny, ids):
     assert not_identity(found)
     if method in ROTATING:
         assert (found.residual is not None) == found.folds_norms == (where == "folded")
+    tied = source.model.config.tie_word_embeddings
     transform.apply(source.model, source.map, found)
     assert relative(logits(source.model, ids), before) < TOLERANCE
-    assert source.model.config.tie_word_embeddings is False
+    assert source.model.config.tie_word_embeddings is (tied and not found.folds_norms)
 
 
 @pytest.mark.parametrize("start", ["hadamard", "random", "wush"])
@@ -464,6 +467,31 @@ def test_a_block_that_learning_made_worse_keeps_its_start(tiny, ids, capsys):
     worse = next(b for b in found.blocks if b.notes["loss_after"] == b.notes["loss_before"])
     start = torch.sigmoid(torch.tensor(4.0))
     assert all(torch.allclose(clips, start.expand_as(clips)) for clips in worse.weight_clips.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_os_plus_keeps_logits_and_divides_outlying_channels(name, tiny, ids):
+    """A gain of 60 in one channel of the first norm: it is divided, the logits stay."""
+    source = tiny(name, torch.float64)
+    norm = source.map.group("qkv").norm
+    block = source.model.get_submodule(source.map.block_name(0))
+    block.get_submodule(norm).weight[3] = 60.0
+    before = logits(source.model, ids)
+    found = transform.METHODS["os-plus"].learn(task(source.model, source.map, ids, quick("os-plus"), a=STATIC))
+    scales = found.block(0).scales["qkv"]
+    assert scales[3] < 0.5 and scales.max() <= 1 and int(scales.argmin()) == 3
+    transform.apply(source.model, source.map, found)
+    assert relative(logits(source.model, ids), before) < TOLERANCE
+
+
+def test_os_plus_leaves_even_inputs_alone():
+    torch.manual_seed(0)
+    sample, weight = torch.randn(64, 32).clamp(-1, 1), torch.randn(16, 32)
+    peak = sample.abs().amax(0)
+    assert torch.equal(search(peak, sample, weight, None, None), torch.ones(32))
+    sample[:, 5] *= 50
+    found = search(sample.abs().amax(0), sample, weight, STATIC, None)
+    assert found[5] > 10 and (found.sum() - found[5]) < 33
 
 
 # --- through the pipeline, and on disk -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from phasequant.checkpoint import check_target, manifest, new_folder, read_plan,
 from phasequant.console import note, warn
 from phasequant.errors import PhaseQuantError
 from phasequant.evaluate import Score, score, weight_bytes
-from phasequant.nn import kv_bytes_per_token, quant_linears
+from phasequant.nn import kv_bytes_per_token, prefix_tokens, quant_linears
 from phasequant.observe import Observations
 from phasequant.plan import POLICIES, PrecisionPlan, Seen, make_plan, thresholds
 from phasequant.recipe import Recipe
@@ -342,6 +342,13 @@ def chat(
         content = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = words(content, return_tensors="pt", add_special_tokens=not words.chat_template)
     inputs = {key: value.to(source.device) for key, value in inputs.items() if key != "token_type_ids"}
+    first = inputs["input_ids"][0, 0]
+    if (
+        int(first) == words.bos_token_id
+        and int(first) in prefix_tokens(source.model)
+        and inputs["input_ids"].shape[1] > 1
+    ):
+        inputs = {key: value[:, 1:] for key, value in inputs.items()}  # the prefix has begun the text already
     pad = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
     printer = TextStreamer(words, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = source.model.generate(

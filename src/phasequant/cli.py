@@ -74,6 +74,21 @@ def _blocks(blocks: tuple[int, ...]) -> str:
     return f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
 
 
+def _spikes(report: dict[str, Any]) -> list[str]:
+    """The prefix, and which inputs a few tokens dominate, before and behind it."""
+    lines = []
+    if report["prefix"]:
+        tokens = " ".join(map(repr, report["prefix"]["texts"]))
+        lines.append(f"prefix ({report['prefix']['method']}): {tokens}, with 16-bit keys and values before every text")
+    for side in ("raw", "isolated"):
+        seen = report["observations"].get(side)
+        if seen:
+            top = sorted(seen["groups"], key=lambda g: -g["spike_ratio"])[:3]
+            found = ", ".join(f"{g['spike_ratio']:,.0f} × at {g['group']} of block {g['block']}" for g in top)
+            lines.append(f"largest token of an input against its median one, {seen['coordinates']}: {found}")
+    return lines
+
+
 def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
     """Rows of figures as a person reads them."""
     title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
@@ -148,6 +163,8 @@ def analyze(
             markup=False,
             soft_wrap=True,
         )
+    for line in _spikes(found.report):
+        out.print(line, markup=False, soft_wrap=True)
     raised = sorted({block for block, _ in found.plan.raised})
     share = 100 * found.plan.a8_share
     out.print(

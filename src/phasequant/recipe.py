@@ -34,9 +34,10 @@ class _Part(BaseModel):
 class TransformPart(_Part):
     """Making activations flat."""
 
-    method: Literal["none", "quarot", "smooth", "dfrot", "frtq", "spin", "flat", "wush", "load"] = Field(
+    method: Literal["none", "quarot", "smooth", "os-plus", "dfrot", "frtq", "spin", "flat", "wush", "load"] = Field(
         "none",
-        description="none; quarot (fixed Hadamard); smooth (scale migration); dfrot, frtq (rotations by Procrustes); "
+        description="none; quarot (fixed Hadamard); smooth (scale migration); os-plus (outlying "
+        "channels alone); dfrot, frtq (rotations by Procrustes); "
         "spin (rotations learned end to end); flat (Kronecker pairs learned by block); wush (closed form); load",
     )
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
@@ -405,7 +406,7 @@ class Recipe(_Part):
             raise ValueError(f"learning.loss={learning.loss} is of a whole model: it goes with spin; take mse or token")
         if learning.loss in ("mse", "token") and spin:
             raise ValueError(f"learning.loss={learning.loss} is of one block: spin learns by ce or kl")
-        if self.rotation.where == "online" and method in ("none", "smooth", "load"):
+        if self.rotation.where == "online" and method in ("none", "smooth", "os-plus", "load"):
             raise ValueError(f"rotation.where=online has no meaning with transform.method={method}: it does not choose")
         if self.rotation.block is not None and (method, self.rotation.where) != ("quarot", "online"):
             raise ValueError("rotation.block goes with transform.method=quarot and rotation.where=online")

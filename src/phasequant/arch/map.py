@@ -214,7 +214,12 @@ class ModelMap:
 
     def describe(self) -> dict[str, Any]:
         """Family and sizes, for JSON."""
-        return {"family": self.family.name, **self.shape.to_dict(), "notes": list(self.family.notes)}
+        return {
+            "family": self.family.name,
+            **self.shape.to_dict(),
+            "macs_total": self.macs_total,
+            "notes": list(self.family.notes),
+        }
 
     def fingerprint(self) -> str:
         """Names the architecture and sizes in 12 characters: equal where a plan fits."""

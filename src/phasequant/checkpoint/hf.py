@@ -68,11 +68,19 @@ class PhaseQuantQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Parameters in the checkpoint's type; buffers (codes, scales, factors) as they are."""
+        """Parameters in the checkpoint's type, tied ones still one tensor; buffers (codes, scales, factors) as they
+        are."""
         dtype = getattr(torch, self.quantization_config.dtype)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        made: dict[tuple[int, torch.Size], Tensor] = {}
         state = model.state_dict()
-        return {name: t.to(dtype) if name in parameters else t for name, t in state.items()}, {}
+        for name, tensor in state.items():
+            if name in parameters:
+                key = tensor.data_ptr() or id(tensor), tensor.shape
+                if key not in made:
+                    made[key] = tensor.to(dtype)
+                state[name] = made[key]
+        return state, {}
 
     def is_serializable(self) -> bool:
         """Yes."""

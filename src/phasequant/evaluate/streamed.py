@@ -22,7 +22,8 @@ def streamed_perplexity(
         pass
     norm = model.get_submodule(model_map.family.final_norm)
     head = model.get_submodule(model_map.family.head)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    name = model_map.family.logit_softcap
+    cap = None if name is None else getattr(model.config, name, None)
     total = 0.0
     with resident(norm, device), resident(head, device):
         for row, ids in zip(stream.hidden, tokens, strict=True):

@@ -159,6 +159,13 @@ class ModelLayout:
             ) from error
 
 
+def prefix_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids that stand before every sequence of a quantized model; none where it has no prefix."""
+    config = getattr(model.config, "quantization_config", None)
+    layout = getattr(config, "layout", None) or {}
+    return tuple((layout.get("prefix") or {}).get("tokens", ()))
+
+
 def set_activations(model: nn.Module, model_map: ModelMap, activations: Activations) -> None:
     """Put every linear's input on its group's grid."""
     for block, group, name in model_map.linears():

@@ -287,7 +287,9 @@ def phase_row(phase: Json) -> Json:
 
 
 def linear_macs(model: Json) -> int:
-    """Multiply-adds a token of all linears inside the blocks."""
+    """Multiply-adds a token of all linears inside the blocks; reports of older versions are of gated MLPs."""
+    if "macs_total" in model:
+        return int(model["macs_total"])
     heads, width = model["heads"] * model["d_head"], model["d_model"]
     keys = 2 * model["kv_heads"] * model["d_head"]
     return model["blocks"] * width * (2 * heads + keys + 3 * model["d_ffn"])

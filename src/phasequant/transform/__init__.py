@@ -7,6 +7,7 @@ from phasequant.transform.dfrot import dfrot
 from phasequant.transform.files import load, load_transform, save_transform
 from phasequant.transform.flat import flat
 from phasequant.transform.frtq import frtq
+from phasequant.transform.os_plus import os_plus
 from phasequant.transform.quarot import fixed_rotations, quarot
 from phasequant.transform.smooth import smooth
 from phasequant.transform.spin import spin
@@ -17,6 +18,7 @@ METHODS: dict[str, Method] = {
     "none": Method(lambda task: Transform("none")),
     "quarot": Method(quarot),
     "smooth": Method(smooth, needs_tokens=True),
+    "os-plus": Method(os_plus, needs_tokens=True),
     "dfrot": Method(dfrot, needs_tokens=True),
     "frtq": Method(frtq, needs_tokens=True),
     "wush": Method(wush, needs_tokens=True),

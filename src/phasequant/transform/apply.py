@@ -5,10 +5,11 @@ online T:
 
     n(x)·diag(γ)·Wᵀ  =  [ n(xR1)·diag(g)·T ] · W'ᵀ,      W' = W·diag(γ)·R1·diag(1/g)·T^{-T}   (R1 only with folded γ)
 
-g is rounded to the type it will be stored in before W' is computed, so that storing it changes nothing. Tied embeddings
-are untied first, always: the head absorbs the final norm's gain and must not drag the embedding along;
-`tie_word_embeddings` is set to False in the config, and so saved. All factors of one weight are multiplied in fp64 and
-rounded once, to fp32 (or kept, for fp64 models). Embedding and head stay in the model's type.
+g is rounded to the type it will be stored in before W' is computed, so that storing it changes nothing. Where gains or
+a residual rotation are folded, tied embeddings are untied first: the head absorbs the final norm's gain and must not
+drag the embedding along; `tie_word_embeddings` is set to False in the config, and so saved. Otherwise they stay tied.
+All factors of one weight are multiplied in fp64 and rounded once, to fp32 (or kept, for fp64 models). Embedding and
+head stay in the model's type.
 """
 
 from collections.abc import Callable
@@ -167,7 +168,8 @@ def apply(
     """Change `model` in place; without quantization its logits stay what they were. Blocks visit `device`; gains are
     rounded to `stored` (default: the model's own type)."""
     family = model_map.family
-    untie(model, model_map)
+    if transform.folds_norms or transform.residual is not None:
+        untie(model, model_map)
     embeddings = model.get_submodule(family.embeddings)
     head = model.get_submodule(family.head)
     stored = stored or embeddings.weight.dtype

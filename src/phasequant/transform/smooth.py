@@ -66,7 +66,14 @@ def _scales(
     return found
 
 
-def _error(x: Tensor, weight: Tensor, s: Tensor, inputs: QuantSpec | None, weights: QuantSpec | None) -> float:
+def scaled_error(
+    x: Float[Tensor, "T n"],
+    weight: Float[Tensor, "O n"],
+    s: Float[Tensor, " n"],
+    inputs: QuantSpec | None,
+    weights: QuantSpec | None,
+) -> float:
+    """Squared error of a group's outputs, relative to them, with the input divided and the weight multiplied by s."""
     smooth_x, smooth_w = x / s, weight * s
     q_x = fake_quantize(smooth_x, inputs.dynamic) if inputs is not None else smooth_x
     q_w = fake_quantize(smooth_w, weights) if weights is not None else smooth_w
@@ -74,7 +81,8 @@ def _error(x: Tensor, weight: Tensor, s: Tensor, inputs: QuantSpec | None, weigh
     return float((q_x @ q_w.T - exact).square().sum() / exact.square().sum().clamp(min=1e-20))
 
 
-def _observe(step: Step, model_map: ModelMap, sequences: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def observe_inputs(step: Step, model_map: ModelMap, sequences: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Group → the largest magnitude of every channel of its input, and a sample of tokens."""
     peaks = {group.name: Largest() for group in model_map.groups}
     samples = {group.name: Sample(SAMPLED, max(SAMPLED // sequences, 1)) for group in model_map.groups}
 
@@ -100,15 +108,15 @@ def smooth(task: Task) -> Transform:
     by_alpha: dict[float, list[BlockTransform]] = {alpha: [] for alpha in alphas}
     stream = BlockStream(task.model, task.map, task.tokens, task.device)
     for step in stream.steps("smooth"):
-        x_max, samples = _observe(step, task.map, len(task.tokens))
+        x_max, samples = observe_inputs(step, task.map, len(task.tokens))
         for alpha in alphas:
             scales = _scales(step.block, task.map, x_max, alpha)
             if len(alphas) > 1:
                 for group in (g for g in task.map.groups if g.name in scales):
                     weight = group_weight(step.block, group.linears)
                     grid = task.activations.get((step.index, group.name))
-                    errors[alpha] += _error(samples[group.name], weight, scales[group.name], grid, weights)
-            by_alpha[alpha].append(_block(scales, task.map))
+                    errors[alpha] += scaled_error(samples[group.name], weight, scales[group.name], grid, weights)
+            by_alpha[alpha].append(folded_scales(scales, task.map))
     best = min(alphas, key=lambda alpha: errors[alpha])
     if given is None:
         if not any(errors.values()):
@@ -117,7 +125,8 @@ def smooth(task: Task) -> Transform:
     return Transform(f"smooth (alpha {best})", blocks=tuple(by_alpha[best]))
 
 
-def _block(scales: dict[str, Tensor], model_map: ModelMap) -> BlockTransform:
+def folded_scales(scales: dict[str, Tensor], model_map: ModelMap) -> BlockTransform:
+    """What folds s (group → divisors of its input channels) into norms, up's and v's rows."""
     inverse = {name: s.reciprocal().to("cpu", torch.float64) for name, s in scales.items()}
     value = LinearMap.scaling(shared_by_kv_heads(inverse["o"], model_map)) if "o" in inverse else None
     return BlockTransform(value=value, scales={name: inverse[name] for name in model_map.scaled})
