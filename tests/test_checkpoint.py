@@ -77,6 +77,14 @@ def test_saving_a_loaded_model_again_keeps_every_tensor(tiny, tmp_path):
         assert torch.equal(one[key], two[key]), key
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_parts_load_in_the_type_that_is_asked_for(dtype, tiny, tmp_path):
+    quantized(tiny("llama-bias")).save(tmp_path / "out")
+    model = phasequant.load(tmp_path / "out", dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert any(name.endswith("q_proj.bias") for name, _ in model.named_parameters())
+
+
 def test_what_nothing_folds_into_stays_tied(tiny, ids, tmp_path):
     run = quantized(tiny("llama"), "quarot-online")
     run.save(tmp_path / "out")

@@ -54,7 +54,8 @@ class PhaseQuantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model_map = ModelMap.from_config(model.config)
         layout = ModelLayout.from_dict(self.quantization_config.layout, model_map)
-        lay_out(model, model_map, layout, kwargs.get("dtype") or torch.float32)
+        # The type asked for does not reach a quantizer; the model was made in it.
+        lay_out(model, model_map, layout, model.get_submodule(model_map.family.embeddings).weight.dtype)
         self._laid_out = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 

@@ -7,8 +7,8 @@ t is one for every input, the one of 24 between the median channel's largest val
 a power, this leaves all but the outlying ones alone. Scales are folded where SmoothQuant's are (`smooth`); nothing runs
 online.
 
-The paper also shifts channels to be symmetric around zero. That needs a bias where the input comes from; RMSNorms and
-the linears of the families here have none, so the shift is left out.
+The paper also shifts channels to be symmetric around zero. That needs a bias where the input comes from, which RMSNorms
+and most linears do not have; the shift is left out, also where LayerNorms would take it.
 """
 
 import torch
