@@ -34,6 +34,15 @@ for side in ("", "smooth-"):
     for name, sets in PREFIXES.items():
         for left, more in (("", []), (" + qfem", QFEM)):
             ROWS[f"{side}static W8A8{name}{left}"] = (f"{side}static-w8a8", [*sets, *more])
+    for name in ("", " + qfep"):
+        # the planner in QFeM's place: groups that read 16 bits by the noise their grid adds, at the same cost
+        more = ["policy.name=budget", "policy.bits=16", "policy.a8_share=0.125"]
+        ROWS[f"{side}static W8A8{name} + budget"] = (f"{side}static-w8a8", [*PREFIXES[name], *more])
+        ROWS[f"{side}static W8A8{name} + budget by ratio"] = (
+            f"{side}static-w8a8", [*PREFIXES[name], *more, "policy.score=ratio"]
+        )  # fmt: skip
+ROWS["os-plus static W8A8"] = ("os-plus-static-w8a8", [])
+ROWS["os-plus static W8A8 + qfep"] = ("os-plus-static-w8a8", PREFIXES[" + qfep"])
 for name in ("", " + qfep", " + prefixquant"):
     ROWS[f"dynamic per tensor W8A8{name}"] = ("static-w8a8", [*DYNAMIC, *PREFIXES[name]])
     ROWS[f"static per channel W8A8{name}"] = ("static-w8a8", ["activations.granularity=channel", *PREFIXES[name]])
