@@ -181,8 +181,10 @@ def analyze(
         check_target(Path(output), is_report)
     source = as_source(model, device, tokenizer, stream=True)
     made = pipeline.observe_and_transform(source, wanted, raw=True, transformed=True, noise=True)
-    plans = plans_of(wanted, source.map, Seen(*made.observations))
-    plan = plans[wanted.policy.name] = pipeline.with_excluded(plans[wanted.policy.name], made)
+    seen = pipeline.seen_of(made, wanted.with_("policy.name=budget"))
+    assert seen is not None
+    plans = plans_of(wanted, source.map, seen)
+    plan = plans[wanted.policy.name] = pipeline.planned(made, wanted, seen)
     report = {
         **describe(source, wanted, made.transform, made.observations, made.calibration, made.cost),
         "plan": plan.to_dict(),

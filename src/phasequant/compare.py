@@ -34,7 +34,7 @@ from phasequant.fingerprint import of_module
 from phasequant.nn import kv_bytes_per_token, kv_in_16_bits
 from phasequant.observe import Observations
 from phasequant.pipeline import Quantized
-from phasequant.plan import POLICIES, PrecisionPlan, Seen, make_plan
+from phasequant.plan import POLICIES, PrecisionPlan, make_plan
 from phasequant.recipe import Recipe
 from phasequant.report import write_comparison
 from phasequant.source import Source, check_finite
@@ -194,14 +194,10 @@ class _Comparison:
 
     def once(self, name: str, wanted: list[Recipe]) -> list[dict[str, Any]]:
         """All plans on the codes of one transform, which does not see them."""
-        noise = any(recipe.policy.name == "budget" for recipe in wanted)
+        noise = any(recipe.policy.name == "budget" and recipe.policy.score == "noise" for recipe in wanted)
         raw = any(recipe.policy.name == "threshold" and recipe.policy.coordinates == "raw" for recipe in wanted)
         made = pipeline.observe_and_transform(self._copy(), wanted[0], raw=raw, transformed=True, noise=noise)
-        seen = Seen(*made.observations)
-        plans: dict[str, PrecisionPlan] = {
-            recipe.policy.name: pipeline.with_excluded(make_plan(recipe, self.source.map, seen), made)
-            for recipe in wanted
-        }
+        plans: dict[str, PrecisionPlan] = {recipe.policy.name: pipeline.planned(made, recipe) for recipe in wanted}
         return self._measure(name, wanted, made, plans)
 
     def learned(self, name: str, recipe: Recipe, drafts: dict[str, pipeline.Transformed]) -> list[dict[str, Any]]:
@@ -213,9 +209,7 @@ class _Comparison:
                 self._copy(), recipe, raw=raw, transformed=True, noise=True, rough=True
             )
         draft = drafts.get("draft")
-        plan = make_plan(recipe, self.source.map, None if draft is None else Seen(*draft.observations))
-        if draft is not None:
-            plan = pipeline.with_excluded(plan, draft)
+        plan = make_plan(recipe, self.source.map, None) if draft is None else pipeline.planned(draft, recipe)
         made = pipeline.observe_and_transform(self._copy(), recipe, raw=False, transformed=True, noise=False, plan=plan)
         return self._measure(name, [recipe], made, {recipe.policy.name: plan})
 

@@ -81,7 +81,8 @@ def run_demo(
     tokens = texts.cut(corpus, source.tokenizer, 2048, chunks)
     work = replace(source, model=copy.deepcopy(source.model))
     made = pipeline.observe_and_transform(work, wanted, raw=True, transformed=True, noise=True)
-    seen = Seen(*made.observations)
+    seen = pipeline.seen_of(made, wanted.with_("policy.name=budget"))
+    assert seen is not None
     candidates: dict[str, Candidate]
     if pipeline.sees_plan(wanted):
         runs, shown = _learned_rows(source, recipe, wanted, made)

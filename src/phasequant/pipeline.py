@@ -9,7 +9,7 @@ on the source's model.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,8 +42,21 @@ from phasequant.nn import (
 )
 from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
-from phasequant.plan import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, PrecisionPlan, Raised, Seen, make_plan
+from phasequant.plan import (
+    LOW,
+    NEEDS_NOISE,
+    NEEDS_OBSERVATIONS,
+    PrecisionPlan,
+    Raised,
+    Seen,
+    better,
+    choices,
+    make_plan,
+    price,
+    sensitivity,
+)
 from phasequant.recipe import Recipe
+from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, PlanDivergence, Runs, bits_of
 from phasequant.source import Source
 from phasequant.surroundings import Cost, measured
 from phasequant.transform import Transform
@@ -260,6 +273,74 @@ def renew_prefix(source: Source, recipe: Recipe) -> None:
         attach_prefix(source.model, source.map, states)
 
 
+def seen_of(transformed: "Transformed", recipe: Recipe | None = None) -> Seen | None:
+    """What policies look at: the observations, and the sensitivity where the recipe's runs the model."""
+    if not transformed.observations:
+        return None
+    recipe = recipe or transformed.recipe
+    ask = _ask(transformed, recipe)
+    if ask is None or recipe.policy.score not in RUNS_MODEL:
+        return Seen(*transformed.observations)
+    found = MEASURES[recipe.policy.score](ask)
+    note(f"sensitivity ({found.name}): {found.seconds:.0f} s on {ask.run.tokens.numel()} tokens")
+    return Seen(*transformed.observations, sensitivity=found)
+
+
+def _ask(transformed: "Transformed", recipe: Recipe) -> Ask | None:
+    """What a sensitivity is asked of a transformed model; None for policies that ask none."""
+    source, policy, low = transformed.source, recipe.policy, recipe.activations.spec()
+    if policy.name != "budget" or low is None:
+        return None
+    tokens, _ = calibration_tokens(source, recipe)
+    length = min(tokens.shape[1], policy.tokens)
+    runs = Runs(source.model, tokens[: max(1, policy.tokens // length), :length], source.compute)
+    seen = Seen(*transformed.observations).at("transformed")
+    return Ask(source.map, seen, low, choices(recipe, low), policy.first_token, runs)
+
+
+def planned(transformed: "Transformed", recipe: Recipe | None = None, seen: Seen | None = None) -> PrecisionPlan:
+    """The recipe's plan for a transformed model: by its policy, bettered by swaps, without what QFeM leaves out.
+    `seen`: what was measured already."""
+    recipe = recipe or transformed.recipe
+    seen = seen or seen_of(transformed, recipe)
+    plan = make_plan(recipe, transformed.source.map, seen)
+    if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
+        plan = _swapped(plan, transformed, recipe, seen)
+    return with_excluded(plan, transformed)
+
+
+def _swapped(plan: PrecisionPlan, transformed: "Transformed", recipe: Recipe, seen: Seen) -> PrecisionPlan:
+    """The plan, its groups exchanged where the measured KL says so."""
+    ask, policy, low = _ask(transformed, recipe), recipe.policy, plan.low
+    assert ask is not None and low is not None
+    model_map = plan.model
+    high = choices(recipe, low)[-1]
+    found = sensitivity(recipe, model_map, seen, low)
+    top = bits_of(high)
+    measure = PlanDivergence(ask)
+    grids = {low.bits: low, top: high}
+
+    def measured(bits: Mapping[tuple[int, str], int]) -> float:
+        return measure({place: grids[b] if b in grids else plan.spec(*place) for place, b in bits.items()})
+
+    made = better(
+        {place: bits_of(plan.spec(*place)) for place in ask.places},
+        low.bits,
+        top,
+        {place: found.gain(place, low.bits, top) for place in ask.places},
+        {place: price(policy, model_map, place, low.bits, top) for place in ask.places},
+        policy.a8_share * model_map.macs_total,
+        measured,
+        policy.swaps,
+    )
+    note(f"swaps: {len(made.exchanged)} of {made.tries} kept, KL {made.before:.4f} → {made.after:.4f} nats a token")
+    raised = {place: entry for place, entry in plan.raised.items() if made.bits[place] != low.bits}
+    for place, bits in made.bits.items():
+        if bits == top and place not in raised:
+            raised[place] = Raised(high, "a swap: the model's measured KL fell")
+    return replace(plan, raised=raised)
+
+
 def with_excluded(plan: PrecisionPlan, transformed: "Transformed") -> PrecisionPlan:
     """The plan without the groups that QFeM leaves out of the low grid."""
     part = transformed.recipe.exclude
@@ -473,8 +554,7 @@ def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, Pre
     noise = name in NEEDS_NOISE and recipe.policy.score == "noise"
     if not sees_plan(recipe):
         made = observe_and_transform(source, recipe, raw=raw, transformed=after, noise=noise)
-        seen = Seen(*made.observations) if made.observations else None
-        return made, with_excluded(make_plan(recipe, source.map, seen), made)
+        return made, planned(made)
     # A plan comes before what is learned for it: it is made on a copy, which carries the transform learned at all-low.
     observations: list[Observations] = []
     calibration = None
@@ -488,9 +568,10 @@ def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, Pre
         copied = replace(source, model=copy.deepcopy(source.model))
         draft = observe_and_transform(copied, recipe, raw=False, transformed=True, noise=noise, rough=True)
         observations, calibration = [*observations, *draft.observations], draft.calibration
-    plan = make_plan(recipe, source.map, Seen(*observations) if observations else None)
-    if draft is not None:
-        plan = with_excluded(plan, draft)
+    if draft is None:
+        plan = make_plan(recipe, source.map, Seen(*observations) if observations else None)
+    else:
+        plan = planned(replace(draft, observations=observations))
     made = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
     return replace(made, observations=observations, calibration=calibration), plan
 
@@ -516,7 +597,9 @@ __all__ = [
     "learn",
     "observe_and_transform",
     "plan_and_transform",
+    "planned",
     "run",
+    "seen_of",
     "sees_plan",
     "with_excluded",
 ]

@@ -281,10 +281,22 @@ class PolicyPart(_Part):
         "auto", description="their grid: int (auto where activations are), or fp8 (auto where activations are fp4)"
     )
     clip: Fraction = Field(1.0, description="clip of raised groups, which have codes to spare for the largest values")
-    score: Literal["noise", "ratio"] = Field(
+    score: Literal["noise", "gsr", "ratio", "jr_snr", "local", "fisher", "kl", "kl_alone"] = Field(
         "noise",
-        description="budget: ranks by the noise a group's low grid adds, or by QFeM's max-median ratio; each by "
-        "multiply-add",
+        description="budget: how harm is measured: noise in the residual stream; gsr; ratio (QFeM); jr_snr "
+        "(DynamicPTQ); local output error; fisher (one backward pass); kl of the model, raised from all-low or alone",
+    )
+    choices: tuple[Literal[5, 6, 7, 8, 16], ...] = Field(
+        (), description="budget: what groups may be raised to; empty: policy.bits alone"
+    )
+    price: Literal["macs", "bits"] = Field(
+        "macs", description="budget: a raised group costs its multiply-adds, or those times its bits above the low grid"
+    )
+    tokens: Annotated[int, Field(ge=2)] = Field(
+        1024, description="budget: calibration tokens for scores that run the model (local, fisher, kl)"
+    )
+    swaps: Annotated[int, Field(ge=0)] = Field(
+        0, description="budget: exchanges of groups tried on the model's measured KL, to better the plan"
     )
     a8_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.125, description="budget: largest share of the linear multiply-adds that may be raised"

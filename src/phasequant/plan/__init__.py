@@ -1,7 +1,11 @@
 """Plans: policies turn observations into the bits that every group reads."""
 
-from phasequant.plan.policies import LOW, NEEDS_NOISE, NEEDS_OBSERVATIONS, POLICIES, Seen, make_plan, thresholds
+from phasequant.plan.budget import choices, price, sensitivity
+from phasequant.plan.policies import NEEDS_NOISE, NEEDS_OBSERVATIONS, POLICIES, make_plan, thresholds
 from phasequant.plan.precision import PrecisionPlan, Raised
+from phasequant.plan.seen import Seen
+from phasequant.plan.swaps import better
+from phasequant.sensitivity.closed import LOW
 
 __all__ = [
     "LOW",
@@ -11,6 +15,10 @@ __all__ = [
     "PrecisionPlan",
     "Raised",
     "Seen",
+    "better",
+    "choices",
     "make_plan",
+    "price",
+    "sensitivity",
     "thresholds",
 ]

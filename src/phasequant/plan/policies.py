@@ -4,38 +4,21 @@ r"""Policies: from observations to the groups that read more bits.
     paper       DynamicPTQ's fixed set: every group of blocks 0, 1, 2 and L-1 (arXiv 2606.12487, Eq 21)
     threshold   its rule S = {ℓ : JR_ℓ > τ_JR and SNR_ℓ < τ_SNR} (Eq 20), every group of those blocks. The paper gives
                 no τ; without given ones τ_JR = median + IQR and τ_SNR = median - IQR over the blocks are taken
-    budget      groups in order of noise removed per multiply-add, until the share is spent. The noise of a group is
-                what its own low-bit input adds to the residual stream (observe.noise); policy.score=ratio puts
-                QFeM's max-median ratio in its place (observe.spikes)
+    budget      where a sensitivity says that low bits hurt most, within a share of the multiply-adds (`budget`)
 
 A policy is a function (recipe part, map, observations) → {place: why}. Stronger planners are more such functions.
 """
 
-import math
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 
 from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError
-from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
+from phasequant.plan.budget import high_grid, spend
 from phasequant.plan.precision import PrecisionPlan, Raised
+from phasequant.plan.seen import Seen
 from phasequant.recipe import PolicyPart, Recipe
-
-LOW = "low"  # the name of the noise measured on the recipe's own activation grid
-
-
-class Seen:
-    """Observations by coordinates; asking for what was not observed is a bug of the pipeline."""
-
-    def __init__(self, *observations: Observations) -> None:
-        # Of raw ones the last: behind the prefix, where there is one.
-        self._by = {("raw" if o.coordinates.startswith("raw") else "transformed"): o for o in observations}
-
-    def at(self, coordinates: str) -> Observations:
-        """`raw` or `transformed`; the raw ones serve both where nothing was transformed."""
-        return self._by.get(coordinates) or next(iter(self._by.values()))
 
 
 def _whole_blocks(blocks: dict[int, str]) -> dict[Place, str]:
@@ -87,52 +70,17 @@ def threshold(policy: PolicyPart, model_map: ModelMap, seen: Seen | None) -> dic
     )
 
 
-def budget(policy: PolicyPart, model_map: ModelMap, seen: Seen | None) -> dict[Place, str]:
-    """Greedy: most noise removed per multiply-add first, skipping what no longer fits."""
-    assert seen is not None
-    groups = seen.at("transformed").groups
-    if policy.score == "noise" and any(LOW not in g.noise for g in groups):
-        raise PhaseQuantError("these observations have no noise by group, which 'budget' ranks by: observe again")
-    by_noise = policy.score == "noise"
-    ranked = sorted(groups, key=lambda g: -(g.noise[LOW] if by_noise else g.spike_ratio) / model_map.macs(g.group))
-    left = policy.a8_share * model_map.macs_total * (1 + 1e-9)
-    chosen: dict[Place, str] = {}
-    for rank, g in enumerate(ranked, start=1):
-        cost = model_map.macs(g.group)
-        if cost <= left:
-            left -= cost
-            share = 100 * cost / model_map.macs_total
-            said = f"its largest token is {g.spike_ratio:.1f} times its median one"
-            if by_noise:
-                noise = 10 * math.log10(max(g.noise[LOW], 1e-30))
-                said = f"its low grid adds noise of {noise:.1f} dB to the residual stream"
-            chosen[g.block, g.group] = (
-                f"rank {rank} of {len(ranked)}: {said}, and it is {share:.2f} % of the multiply-adds"
-            )
-    return chosen
-
-
-POLICIES: dict[str, Callable[[PolicyPart, ModelMap, Seen | None], dict[Place, str]]] = {
+BY_BLOCK: dict[str, Callable[[PolicyPart, ModelMap, Seen | None], dict[Place, str]]] = {
     "uniform": uniform,
     "paper": paper,
     "threshold": threshold,
-    "budget": budget,
 }
-"""Name in the recipe → function."""
+"""Name in the recipe → function, of policies that raise groups to one grid."""
+
+POLICIES = (*BY_BLOCK, "budget")
 
 NEEDS_OBSERVATIONS = frozenset({"threshold", "budget"})
 NEEDS_NOISE = frozenset({"budget"})
-
-
-def _high(recipe: Recipe, low: QuantSpec) -> QuantSpec:
-    """The grid of raised groups."""
-    policy = recipe.policy
-    floating = policy.format == "fp8" or (policy.format == "auto" and not low.is_int)
-    if floating:
-        return QuantSpec.floating("fp8", policy.clip)
-    if low.is_int:
-        return replace(low, bits=policy.bits, clip=policy.clip)
-    return QuantSpec(policy.bits, clip=policy.clip)
 
 
 def make_plan(recipe: Recipe, model_map: ModelMap, seen: Seen | None) -> PrecisionPlan:
@@ -144,20 +92,23 @@ def make_plan(recipe: Recipe, model_map: ModelMap, seen: Seen | None) -> Precisi
             f"policy.name={policy.name} raises groups above activations.bits, which is 16 already: "
             "set activations.bits, or policy.name=uniform"
         )
-    if low is not None and policy.name != "uniform" and policy.bits <= low.bits:
+    if low is not None and policy.name != "uniform" and min(policy.choices or (policy.bits,)) <= low.bits:
         raise PhaseQuantError(
             f"policy.bits={policy.bits} does not raise anything above activations.bits={low.bits}: "
             "set policy.bits higher, or policy.name=uniform"
         )
-    high = None
-    if low is not None and policy.bits != 16:
-        high = _high(recipe, low)
-    places = POLICIES[policy.name](policy, model_map, seen)
+    raised: dict[Place, Raised] = {}
+    if policy.name == "budget":
+        assert seen is not None and low is not None
+        raised = spend(recipe, model_map, seen, low)
+    elif low is not None:
+        high = high_grid(recipe, low, policy.bits)
+        raised = {place: Raised(high, why) for place, why in BY_BLOCK[policy.name](policy, model_map, seen).items()}
     return PrecisionPlan(
         policy.name,
         model_map,
         recipe.weights.spec(),
         recipe.kv.spec(model_map.shape.d_head),
         low,
-        {place: Raised(high, why) for place, why in places.items()},
+        raised,
     )

@@ -1,0 +1,24 @@
+"""How much each group's low-bit input hurts, by name and with its cost: what a budget is spent by."""
+
+from phasequant.sensitivity.closed import gsr, jr_snr, noise, ratio
+from phasequant.sensitivity.contract import Ask, Runs, Sensitivity, bits_of
+from phasequant.sensitivity.fisher import fisher
+from phasequant.sensitivity.kl import PlanDivergence, kl, kl_alone
+from phasequant.sensitivity.local import local
+
+MEASURES = {
+    "noise": noise,
+    "gsr": gsr,
+    "ratio": ratio,
+    "jr_snr": jr_snr,
+    "local": local,
+    "fisher": fisher,
+    "kl": kl,
+    "kl_alone": kl_alone,
+}
+"""Name in the recipe → measure."""
+
+RUNS_MODEL = frozenset({"local", "fisher", "kl", "kl_alone"})
+"""Those that run the model; the others are read off a sweep."""
+
+__all__ = ["MEASURES", "RUNS_MODEL", "Ask", "PlanDivergence", "Runs", "Sensitivity", "bits_of"]
