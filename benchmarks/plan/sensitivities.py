@@ -2,8 +2,8 @@
 
     python benchmarks/plan/sensitivities.py --text wiki.test --calib wiki.train --recipes quarot [-o runs/plan]
 
-For each recipe: every sensitivity is measured on calibration text (with its seconds), and the gain of raising each
-group from all-low to 8 bits is measured as KL on held-out text; Spearman's rank correlation of the two, over all groups.
+For each recipe: every sensitivity is measured on calibration text, with its seconds; the gain of raising each group
+from all-low to 8 bits is measured as KL on held-out text; Spearman's rank correlation of the two, over all groups.
 Then plans at the paper set's A8 share: the paper's own, the best by each sensitivity, and by KL with swaps; perplexity
 and KL of the quantized model on the text, with how much of the way from all-low to all-8 each recovers (of the
 log-perplexity). Rows are kept in OUTPUT and not repeated. About 25 minutes a recipe on one core; transforms that see

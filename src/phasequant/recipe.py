@@ -338,7 +338,7 @@ class ExcludePart(_Part):
         0.01, description="qfem, searched: perplexity on the calibration text may rise by this fraction of 16 bits'"
     )
     most: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.25, description="qfem, searched: at most this fraction of all groups is left out"
+        0.5, description="qfem, searched: at most this fraction of all groups is left out"
     )
     bits: Literal[8, 16] = Field(
         16, description="what excluded inputs are read in: 16, or 8 with a scale for every token"
