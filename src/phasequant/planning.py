@@ -1,0 +1,149 @@
+"""From a transformed model to its plan: sensitivities, policies, swaps, exclusions; and the ranges of static grids."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from phasequant import isolate, observe
+from phasequant.console import note
+from phasequant.evaluate import streamed_perplexity
+from phasequant.nn import (
+    set_activations,
+)
+from phasequant.numerics import QuantSpec
+from phasequant.plan import (
+    PrecisionPlan,
+    Raised,
+    Seen,
+    better,
+    choices,
+    make_plan,
+    price,
+    sensitivity,
+)
+from phasequant.preparing import Transformed, calibration_tokens
+from phasequant.recipe import Recipe
+from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, PlanDivergence, Runs, bits_of
+from phasequant.source import Source
+
+
+def seen_of(transformed: Transformed, recipe: Recipe | None = None) -> Seen | None:
+    """What policies look at: the observations, and the sensitivity where the recipe's runs the model."""
+    if not transformed.observations:
+        return None
+    recipe = recipe or transformed.recipe
+    ask = _ask(transformed, recipe)
+    if ask is None or recipe.policy.score not in RUNS_MODEL:
+        return Seen(*transformed.observations)
+    found = MEASURES[recipe.policy.score](ask)
+    note(f"sensitivity ({found.name}): {found.seconds:.0f} s on {ask.run.tokens.numel()} tokens")
+    return Seen(*transformed.observations, sensitivity=found)
+
+
+def _ask(transformed: Transformed, recipe: Recipe) -> Ask | None:
+    """What a sensitivity is asked of a transformed model; None for policies that ask none."""
+    source, policy, low = transformed.source, recipe.policy, recipe.activations.spec()
+    if policy.name != "budget" or low is None:
+        return None
+    tokens, _ = calibration_tokens(source, recipe)
+    length = min(tokens.shape[1], policy.tokens)
+    runs = Runs(source.model, tokens[: max(1, policy.tokens // length), :length], source.compute)
+    seen = Seen(*transformed.observations).at("transformed")
+    return Ask(source.map, seen, low, choices(recipe, low), policy.first_token, runs)
+
+
+def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen | None = None) -> PrecisionPlan:
+    """The recipe's plan for a transformed model: by its policy, bettered by swaps, without what QFeM leaves out.
+    `seen`: what was measured already."""
+    recipe = recipe or transformed.recipe
+    seen = seen or seen_of(transformed, recipe)
+    plan = make_plan(recipe, transformed.source.map, seen)
+    if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
+        plan = _swapped(plan, transformed, recipe, seen)
+    return with_excluded(plan, transformed)
+
+
+def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> PrecisionPlan:
+    """The plan, its groups exchanged where the measured KL says so."""
+    ask, policy, low = _ask(transformed, recipe), recipe.policy, plan.low
+    assert ask is not None and low is not None
+    model_map = plan.model
+    high = choices(recipe, low)[-1]
+    found = sensitivity(recipe, model_map, seen, low)
+    top = bits_of(high)
+    measure = PlanDivergence(ask)
+    grids = {low.bits: low, top: high}
+
+    def measured(bits: Mapping[tuple[int, str], int]) -> float:
+        return measure({place: grids[b] if b in grids else plan.spec(*place) for place, b in bits.items()})
+
+    made = better(
+        {place: bits_of(plan.spec(*place)) for place in ask.places},
+        low.bits,
+        top,
+        {place: found.gain(place, low.bits, top) for place in ask.places},
+        {place: price(policy, model_map, place, low.bits, top) for place in ask.places},
+        policy.a8_share * model_map.macs_total,
+        measured,
+        policy.swaps,
+    )
+    note(f"swaps: {len(made.exchanged)} of {made.tries} kept, KL {made.before:.4f} → {made.after:.4f} nats a token")
+    raised = {place: entry for place, entry in plan.raised.items() if made.bits[place] != low.bits}
+    for place, bits in made.bits.items():
+        if bits == top and place not in raised:
+            raised[place] = Raised(high, "a swap: the model's measured KL fell")
+    return replace(plan, raised=raised)
+
+
+def with_excluded(plan: PrecisionPlan, transformed: Transformed) -> PrecisionPlan:
+    """The plan without the groups that QFeM leaves out of the low grid."""
+    part = transformed.recipe.exclude
+    if part.method == "none":
+        return plan
+    ratios = {(g.block, g.group): g.spike_ratio for g in Seen(*transformed.observations).at("transformed").groups}
+    if part.alpha is not None:
+        found = isolate.exclude(ratios, part.alpha)
+    else:
+        found = _search_alpha(plan, transformed, ratios)
+    spec = QuantSpec(8) if part.bits == 8 else None
+    raised = {place: Raised(spec, why) for place, why in found.places.items()}
+    how = "searched" if found.searched else "given"
+    note(f"qfem: {len(raised)} of {len(ratios)} groups read {part.bits} bits (alpha {found.alpha:.4g}, {how})")
+    return replace(plan, raised={**plan.raised, **raised}, alpha=found.alpha)
+
+
+def _search_alpha(
+    plan: PrecisionPlan, transformed: Transformed, ratios: dict[tuple[int, str], float]
+) -> isolate.Excluded:
+    """QFeM's search on the transformed model: activations on the plan's grids, weights and KV in 16 bits."""
+    source, recipe = transformed.source, transformed.recipe
+    model, model_map = source.model, source.map
+    tokens, _ = calibration_tokens(source, recipe)
+    left = QuantSpec(8) if recipe.exclude.bits == 8 else None
+    limit = streamed_perplexity(model, model_map, tokens, source.compute, "16-bit activations")
+    limit *= 1 + recipe.exclude.budget
+    give_ranges(source, recipe, plan)
+
+    def perplexity(places: frozenset[tuple[int, str]]) -> float:
+        chosen = {place: left if place in places else spec for place, spec in plan.activations.items()}
+        set_activations(model, model_map, chosen)
+        return streamed_perplexity(model, model_map, tokens, source.compute, f"{len(places)} groups left out")
+
+    try:
+        return isolate.search_alpha(ratios, perplexity, limit, recipe.exclude.most)
+    finally:
+        set_activations(model, model_map, dict.fromkeys(plan.activations))
+
+
+def give_ranges(source: Source, recipe: Recipe, plan: PrecisionPlan) -> None:
+    """Calibrate the static grids of a plan: of every group, also of those that another plan may read low."""
+    low = plan.low
+    if low is None or not low.static:
+        return
+    tokens, _ = calibration_tokens(source, recipe)
+    part = recipe.activations
+    grids: dict[tuple[int, str], QuantSpec | None] = {
+        place: spec if spec is not None and spec.static else low for place, spec in plan.activations.items()
+    }
+    observe.calibrate_ranges(
+        source.model, source.map, tokens, grids, method=part.calibrate, percent=part.percentile, device=source.compute
+    )  # fmt: skip
