@@ -1,16 +1,20 @@
 """Sensitivities against the same thing done the long way; the knapsack against all plans; swaps against both."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import phasequant
 from phasequant import pipeline
+from phasequant.arch import GROUPS
 from phasequant.errors import PhaseQuantError
 from phasequant.evaluate import kl_divergence
-from phasequant.nn import QuantLinear, set_activations
+from phasequant.nn import QuantLinear, quant_linears, set_activations
 from phasequant.numerics import QuantSpec, fake_quantize
+from phasequant.observe import search_clips
+from phasequant.observe.clips import RATIOS
 from phasequant.plan import better
 from phasequant.plan.knapsack import solve
 from phasequant.recipe import Recipe
@@ -125,6 +129,54 @@ def test_fisher_is_half_the_square_of_the_loss_slope(tiny, ids):
     slopes = [float(loss(t, 1e-2) - loss(t, -1e-2)) / 2e-2 for t in range(12)]
     wanted = sum(s**2 for s in slopes) / 2 / 12
     assert found.harm[place][4] == pytest.approx(wanted, rel=0.02)
+
+
+def test_searched_clips_are_the_best_of_those_tried(ask):
+    model = ask.run.model
+    found = search_clips(model, ask.map, ask.run.tokens, {p: LOW for p in ask.places if p != (0, "o")})
+    assert set(found) == set(ask.places) - {(0, "o")} and min(found.values()) < 1
+    linear, seen = model.model.layers[1].mlp.down_proj, []
+    hook = linear.register_forward_pre_hook(lambda m, a: seen.append(m.prepare(a[0][0])))
+    with torch.no_grad():
+        for row in ask.run.tokens:
+            model(row[None], use_cache=False)
+    hook.remove()
+    x, w = torch.cat(seen), linear.weight_dense
+    errors = {r: float(((fake_quantize(x, replace(LOW, clip=r)) - x) @ w.T).square().sum()) for r in RATIOS}
+    assert found[1, "down"] == min(errors, key=lambda r: errors[r])
+
+
+def test_a_gaussian_row_is_clipped_at_three_quarters():
+    x, w = torch.randn(256, 576), torch.randn(64, 576)
+    errors = {r: float(((fake_quantize(x, replace(LOW, clip=r)) - x) @ w.T).square().sum()) for r in RATIOS}
+    assert 0.65 <= min(errors, key=lambda r: errors[r]) <= 0.85
+
+
+@pytest.mark.parametrize("method", ["quarot", "flat"])
+def test_plans_carry_searched_clips_and_are_made_with_them(method, tiny, ids, text_file):
+    recipe = Recipe.from_dict(
+        {
+            "transform": {"method": method}, "weights": {"bits": 4}, "activations": {"bits": 4, "clip": "searched"},
+            "learning": {"sequences": 2, "seqlen": 24, "batch": 1, "epochs": 1},
+            "policy": {"name": "budget", "score": "kl", "a8_share": 0.3, "tokens": 64},
+            "calibration": {"text": str(text_file), "sequences": 4, "seqlen": 64},
+        }
+    )  # fmt: skip
+    run = phasequant.quantize(tiny("llama"), recipe)
+    assert run.plan.raised and run.plan.clips and not set(run.plan.raised) & set(run.plan.clips)
+    assert {(b, g) for b in range(3) for g in GROUPS} == set(run.plan.raised) | set(run.plan.clips)
+    specs = {linear.input_spec.clip for _, linear in quant_linears(run.model) if linear.input_spec.bits == 4}
+    assert specs == set(run.plan.clips.values()) and len(specs) > 1
+    with pytest.raises(PhaseQuantError, match="calibrate=mse"):
+        Recipe.from_dict({"activations": {"bits": 8, "granularity": "tensor", "scales": "static", "clip": "searched"}})
+
+
+def test_sensitivities_see_the_searched_clips(ask):
+    clips = dict.fromkeys(ask.places, 0.6)
+    at = {place: replace(LOW, clip=0.6) for place in ask.places}
+    found = MEASURES["kl"](replace(ask, clips=clips))
+    assert found.notes["all_low"] == pytest.approx(long_way(ask, at), rel=0.02)
+    assert found.notes["all_low"] != pytest.approx(MEASURES["kl"](ask).notes["all_low"], rel=0.02)
 
 
 def test_closed_measures_fall_with_bits_and_need_no_model(ask):

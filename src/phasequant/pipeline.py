@@ -42,7 +42,7 @@ from phasequant.plan import (
     Seen,
     make_plan,
 )
-from phasequant.planning import give_ranges, planned, seen_of, with_excluded
+from phasequant.planning import give_ranges, planned, seen_of, with_excluded, with_searched_clips
 from phasequant.preparing import (
     Transformed,
     calibration_tokens,
@@ -117,6 +117,8 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     source, recipe, chosen = transformed.source, transformed.recipe, transformed.transform
     model, model_map = source.model, source.map
     plan = with_learned_clips(plan, chosen)
+    if not plan.clips:
+        plan = with_searched_clips(plan, transformed, recipe)
     stored = storage_dtype(recipe, source)
     _round_dense(model, stored, but_linears=plan.weights is not None)
     give_ranges(source, recipe, plan)
@@ -258,7 +260,7 @@ def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, Pre
     if draft is None:
         plan = make_plan(recipe, source.map, Seen(*observations) if observations else None)
     else:
-        plan = planned(replace(draft, observations=observations))
+        plan = replace(planned(replace(draft, observations=observations)), clips={})  # of the draft's transform
     made = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
     return replace(made, observations=observations, calibration=calibration), plan
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import fmean
 
 from phasequant import isolate, observe
+from phasequant.arch import Place
 from phasequant.console import note
 from phasequant.evaluate import streamed_perplexity
 from phasequant.nn import (
@@ -24,6 +26,8 @@ from phasequant.preparing import Transformed, calibration_tokens
 from phasequant.recipe import Recipe
 from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, PlanDivergence, Runs, bits_of
 from phasequant.source import Source
+
+CLIP_TOKENS = 2048
 
 
 def seen_of(transformed: Transformed, recipe: Recipe | None = None) -> Seen | None:
@@ -48,7 +52,29 @@ def _ask(transformed: Transformed, recipe: Recipe) -> Ask | None:
     length = min(tokens.shape[1], policy.tokens)
     runs = Runs(source.model, tokens[: max(1, policy.tokens // length), :length], source.compute)
     seen = Seen(*transformed.observations).at("transformed")
-    return Ask(source.map, seen, low, choices(recipe, low), policy.first_token, runs)
+    return Ask(source.map, seen, low, choices(recipe, low), policy.first_token, runs, clips_of(transformed, recipe))
+
+
+def clips_of(transformed: Transformed, recipe: Recipe) -> Mapping[Place, float]:
+    """The clips of the low grid that were searched for every group, once; none where the recipe searches none."""
+    low = recipe.activations.spec()
+    if recipe.activations.clip != "searched" or low is None:
+        return {}
+    if transformed.clips is None:
+        source = transformed.source
+        tokens, _ = calibration_tokens(source, recipe)
+        length = min(tokens.shape[1], CLIP_TOKENS)
+        rows = tokens[: max(1, CLIP_TOKENS // length), :length]
+        grids = {(block, group.name): low for block in source.map.blocks for group in source.map.groups}
+        transformed.clips = observe.search_clips(source.model, source.map, rows, grids, source.compute)
+        note(f"clips of activations: {fmean(transformed.clips.values()):.2f} on average")
+    return transformed.clips
+
+
+def with_searched_clips(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe) -> PrecisionPlan:
+    """The plan with the searched clips of the groups that read the low grid."""
+    found = clips_of(transformed, recipe)
+    return replace(plan, clips={**plan.clips, **{p: c for p, c in found.items() if p not in plan.raised}})
 
 
 def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen | None = None) -> PrecisionPlan:
@@ -59,7 +85,7 @@ def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen |
     plan = make_plan(recipe, transformed.source.map, seen)
     if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
         plan = _swapped(plan, transformed, recipe, seen)
-    return with_excluded(plan, transformed)
+    return with_searched_clips(with_excluded(plan, transformed), transformed, recipe)
 
 
 def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> PrecisionPlan:
@@ -73,8 +99,8 @@ def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen
     measure = PlanDivergence(ask)
     grids = {low.bits: low, top: high}
 
-    def measured(bits: Mapping[tuple[int, str], int]) -> float:
-        return measure({place: grids[b] if b in grids else plan.spec(*place) for place, b in bits.items()})
+    def measured(bits: Mapping[Place, int]) -> float:
+        return measure({p: ask.at(p, grids[b]) if b in grids else plan.spec(*p) for p, b in bits.items()})
 
     made = better(
         {place: bits_of(plan.spec(*place)) for place in ask.places},
@@ -111,9 +137,7 @@ def with_excluded(plan: PrecisionPlan, transformed: Transformed) -> PrecisionPla
     return replace(plan, raised={**plan.raised, **raised}, alpha=found.alpha)
 
 
-def _search_alpha(
-    plan: PrecisionPlan, transformed: Transformed, ratios: dict[tuple[int, str], float]
-) -> isolate.Excluded:
+def _search_alpha(plan: PrecisionPlan, transformed: Transformed, ratios: dict[Place, float]) -> isolate.Excluded:
     """QFeM's search on the transformed model: activations on the plan's grids, weights and KV in 16 bits."""
     source, recipe = transformed.source, transformed.recipe
     model, model_map = source.model, source.map
@@ -122,9 +146,10 @@ def _search_alpha(
     limit = streamed_perplexity(model, model_map, tokens, source.compute, "16-bit activations")
     limit *= 1 + recipe.exclude.budget
     give_ranges(source, recipe, plan)
+    clipped = with_searched_clips(plan, transformed, recipe)
 
-    def perplexity(places: frozenset[tuple[int, str]]) -> float:
-        chosen = {place: left if place in places else spec for place, spec in plan.activations.items()}
+    def perplexity(places: frozenset[Place]) -> float:
+        chosen = {place: left if place in places else spec for place, spec in clipped.activations.items()}
         set_activations(model, model_map, chosen)
         return streamed_perplexity(model, model_map, tokens, source.compute, f"{len(places)} groups left out")
 
@@ -141,7 +166,7 @@ def give_ranges(source: Source, recipe: Recipe, plan: PrecisionPlan) -> None:
         return
     tokens, _ = calibration_tokens(source, recipe)
     part = recipe.activations
-    grids: dict[tuple[int, str], QuantSpec | None] = {
+    grids: dict[Place, QuantSpec | None] = {
         place: spec if spec is not None and spec.static else low for place, spec in plan.activations.items()
     }
     observe.calibrate_ranges(

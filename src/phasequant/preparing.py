@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from phasequant import isolate, observe, text, transform
+from phasequant.arch import Place
 from phasequant.console import note
 from phasequant.demo_model import cache_folder
 from phasequant.errors import PhaseQuantError
@@ -59,6 +60,7 @@ class Transformed:
     observations: list[Observations]
     calibration: dict[str, Any] | None
     cost: dict[str, Any] = field(default_factory=dict)
+    clips: dict[Place, float] | None = None  # of the low grid, once they were searched
 
 
 def check_fresh(source: Source) -> None:

@@ -24,7 +24,7 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 
 def _start(clip: float | str) -> float:
     """A grid's clip before anything is learned."""
-    return 1.0 if clip == "learned" else float(clip)
+    return 1.0 if clip in ("learned", "searched") else float(clip)
 
 
 class _Part(BaseModel):
@@ -216,8 +216,10 @@ class ActivationsPart(_Part):
         99.99, description="static, percentile: of the magnitudes"
     )
     symmetric: bool = Field(True, description="codes around zero; false: with a zero point")
-    clip: Literal["learned"] | Fraction = Field(
-        1.0, description="largest magnitude kept, as a fraction of the largest present; learned: by group and block"
+    clip: Literal["learned", "searched"] | Fraction = Field(
+        1.0,
+        description="largest magnitude kept, as a fraction of the largest present; searched: by group and block, "
+        "for the least error of outputs; learned: with the transform",
     )
 
     @model_validator(mode="after")
@@ -227,6 +229,8 @@ class ActivationsPart(_Part):
             self.format != "int" and (not self.symmetric or self.granularity != "token")
         ):
             raise ValueError(f"activations.format={self.format} is {bits} bits, symmetric, with scales of its own")
+        if self.scales == "static" and self.clip == "searched":
+            raise ValueError("activations.clip=searched is of dynamic scales; of static ones say calibrate=mse")
         if self.scales == "static" and self.granularity == "token":
             raise ValueError("activations.scales=static needs activations.granularity=tensor or channel")
         if self.scales == "dynamic" and self.granularity == "channel":

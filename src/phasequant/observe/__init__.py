@@ -1,5 +1,6 @@
 """Metrics of a sweep: Jump Ratio, Historical Feature SNR, GSR, massive activations, token spikes, injected noise."""
 
+from phasequant.observe.clips import search_clips
 from phasequant.observe.gsr import gsr
 from phasequant.observe.massive import Outlier, Phase, outstanding, phases
 from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, SpikeMap, TokenMap
@@ -25,6 +26,7 @@ __all__ = [
     "jump_ratio",
     "outstanding",
     "phases",
+    "search_clips",
     "spike_ratio",
     "sweep",
     "token_absmax",

@@ -6,7 +6,7 @@ choice is measured, except by the measures that are read off a sweep, where roun
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Runs:
 class Ask:
     """`seen`: a sweep of the transformed model. `low`: the grid of all; `choices`: the grids that a group may be raised
     to (None: 16 bits). For those that run the model: the transformed model itself with dense weights, activations in 16
-    bits, and calibration sequences."""
+    bits, and calibration sequences. `clips`: of the low grid, group by group, where they were searched."""
 
     map: ModelMap
     seen: Observations
@@ -42,12 +42,21 @@ class Ask:
     choices: tuple[QuantSpec | None, ...]
     first_token: bool = False
     runs: Runs | None = None
+    clips: Mapping[Place, float] = field(default_factory=dict)
 
     @property
     def run(self) -> "Runs":
         """The model, which a measure that runs it needs."""
         assert self.runs is not None, "this measure runs the model"
         return self.runs
+
+    def at(self, place: Place, spec: QuantSpec | None) -> QuantSpec | None:
+        """A grid as this group reads it: dynamic, and the low one with the clip that was searched for the group."""
+        if spec is None:
+            return None
+        if spec == self.low and place in self.clips:
+            spec = replace(spec, clip=self.clips[place])
+        return spec.dynamic
 
     @property
     def places(self) -> list[Place]:

@@ -55,19 +55,20 @@ def _run(ask: Ask, row: Tensor, watch: Callable[[], list[Any]]) -> None:
 def fisher(ask: Ask) -> Sensitivity:
     """See the module's docstring."""
     begun = time.monotonic()
-    grids = [spec.dynamic for spec in (ask.low, *ask.choices) if spec is not None]
-    harm: dict[Place, dict[int, float]] = {p: dict.fromkeys((s.bits for s in grids), 0.0) for p in ask.places}
+    specs = [spec for spec in (ask.low, *ask.choices) if spec is not None]
+    grids = {place: [own for s in specs if (own := ask.at(place, s))] for place in ask.places}
+    harm: dict[Place, dict[int, float]] = {p: dict.fromkeys((s.bits for s in specs), 0.0) for p in ask.places}
     with in_16_bits(ask.run.model):
         for row in ask.run.tokens:
             sums: dict[str, dict[int, list[Tensor]]] = {}
 
             def watch(into: dict[str, dict[int, list[Tensor]]] = sums) -> list[Any]:
                 hooks = []
-                for _, _, name in ask.map.linears():
+                for block, group, name in ask.map.linears():
                     linear = ask.run.model.get_submodule(name)
                     assert isinstance(linear, QuantLinear)
-                    into[name] = {spec.bits: [] for spec in grids}
-                    hooks.append(_watch(linear, grids, into[name]))
+                    into[name] = {spec.bits: [] for spec in specs}
+                    hooks.append(_watch(linear, grids[block, group], into[name]))
                 return hooks
 
             _run(ask, row, watch)

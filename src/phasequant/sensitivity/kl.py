@@ -11,6 +11,7 @@ groups/2 forwards of the tokens, and the head once for each variant. Weights and
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float
@@ -33,28 +34,25 @@ Key = tuple[Place | None, int]
 @torch.no_grad()
 def divergences(ask: Ask, common: QuantSpec | None, others: Sequence[QuantSpec | None], title: str) -> dict[Key, float]:
     """Mean KL in nats a token of: all groups on `common`, and each group alone on each of `others`."""
-    grid, grids = _dynamic(common), [_dynamic(spec) for spec in others]
     states: dict[Key, list[Tensor]] = {}
-    names = tuple(name for group in ask.map.groups for name in group.linears)
     with in_16_bits(ask.run.model):
         stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device)
         states[None, bits_of(common)] = list(stream.hidden)
         for step in stream.steps(f"sensitivity ({title})"):
             arguments = stream.arguments[step.index]
             begins = states[None, bits_of(common)]
-            with reading(step.block, names, grid):
+            with ExitStack() as stack:
+                for group in ask.map.groups:
+                    own = ask.at((step.index, group.name), common)
+                    stack.enter_context(reading(step.block, group.linears, own))
                 made = {key: _through(step.block, rows, arguments, ask.run.device) for key, rows in states.items()}
                 for group in ask.map.groups:
-                    for spec in grids:
-                        with reading(step.block, group.linears, spec):
+                    for spec in others:
+                        with reading(step.block, group.linears, ask.at((step.index, group.name), spec)):
                             found = _through(step.block, begins, arguments, ask.run.device)
                         made[(step.index, group.name), bits_of(spec)] = found
             states = made
         return _against_16_bits(ask, stream.hidden, states)
-
-
-def _dynamic(spec: QuantSpec | None) -> QuantSpec | None:
-    return None if spec is None else spec.dynamic
 
 
 def _through(
@@ -143,7 +141,7 @@ class PlanDivergence:
     @torch.no_grad()
     def __call__(self, activations: Activations) -> float:
         """The KL with every group on its grid (static ones as if they were dynamic)."""
-        grids = {place: _dynamic(spec) for place, spec in activations.items()}
+        grids = {place: spec and spec.dynamic for place, spec in activations.items()}
         with in_16_bits(self.ask.run.model):
             set_activations(self.ask.run.model, self.ask.map, grids)
             states: dict[Key, list[Tensor]] = {(None, 0): self._states("plan")}

@@ -37,13 +37,16 @@ def _keeper(block: nn.Module, group: GroupNames, grids: list[QuantSpec], sums: d
 def local(ask: Ask) -> Sensitivity:
     """See the module's docstring."""
     begun = time.monotonic()
-    grids = [spec.dynamic for spec in (ask.low, *ask.choices) if spec is not None]
+    specs = [spec for spec in (ask.low, *ask.choices) if spec is not None]
     harm: dict[Place, dict[int, float]] = {}
     stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device)
     for step in stream.steps("sensitivity (local)"):
-        sums = {g.name: dict.fromkeys([16, *(s.bits for s in grids)], 0.0) for g in ask.map.groups}
+        sums = {g.name: dict.fromkeys([16, *(s.bits for s in specs)], 0.0) for g in ask.map.groups}
+        grids = {g.name: [own for s in specs if (own := ask.at((step.index, g.name), s))] for g in ask.map.groups}
         hooks = [
-            step.block.get_submodule(g.input).register_forward_pre_hook(_keeper(step.block, g, grids, sums[g.name]))
+            step.block.get_submodule(g.input).register_forward_pre_hook(
+                _keeper(step.block, g, grids[g.name], sums[g.name])
+            )
             for g in ask.map.groups
         ]
         step.drain()
