@@ -15,7 +15,7 @@ from phasequant.nn import QuantLinear, quant_linears, set_activations
 from phasequant.numerics import QuantSpec, fake_quantize
 from phasequant.observe import search_clips
 from phasequant.observe.clips import RATIOS
-from phasequant.plan import better
+from phasequant.plan import Terms, better
 from phasequant.plan.knapsack import solve
 from phasequant.recipe import Recipe
 from phasequant.sensitivity import MEASURES, Ask, PlanDivergence, Runs
@@ -219,12 +219,12 @@ def test_swaps_mend_what_adding_up_gets_wrong():
         return 10 - sum(gain[p] for p in raised) + (5 if {places[0], places[1]} <= raised else 0)
 
     begin = {p: 8 if p in places[:2] else 4 for p in places}
-    found = better(begin, 4, 8, gain, price, 2.0, measure, 10)
+    found = better(begin, Terms(4, 8, gain, price, 2.0), measure, 10)
     assert {p for p, b in found.bits.items() if b == 8} == {places[0], places[2]}
     assert found.after == 4.0 < found.before == 8.0 and found.tries <= 10
-    added = better(dict.fromkeys(places, 4), 4, 8, gain, price, 1.0, measure, 10)
+    added = better(dict.fromkeys(places, 4), Terms(4, 8, gain, price, 1.0), measure, 10)
     assert [p for p, b in added.bits.items() if b == 8] == [places[0]]
-    assert better(begin, 4, 8, gain, price, 2.0, measure, 0).bits == begin
+    assert better(begin, Terms(4, 8, gain, price, 2.0), measure, 0).bits == begin
 
 
 @pytest.mark.parametrize("score", ["kl", "fisher", "local", "ratio", "gsr", "jr_snr", "kl_alone"])
@@ -269,3 +269,30 @@ def test_kl_divergence_agrees_with_evaluations():
     a, b = torch.randn(9, 30), torch.randn(9, 30)
     p, q = a[:-1].log_softmax(-1), b[:-1].log_softmax(-1)
     assert kl_divergence(a, b) == pytest.approx(float((p.exp() * (p - q)).sum() / 8), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-one", "llama-odd"])
+def test_the_smallest_and_an_odd_model_are_planned(name, tiny, text_file):
+    recipe = Recipe.from_dict(
+        {
+            "transform": {"method": "quarot"}, "activations": {"bits": 4, "clip": "searched"}, "weights": {"bits": 4},
+            "policy": {"name": "budget", "score": "kl", "a8_share": 0.5, "tokens": 64, "swaps": 2, "choices": [6, 8],
+                       "price": "bits"},
+            "prefix": {"method": "bos"}, "calibration": {"text": str(text_file), "sequences": 2, "seqlen": 64},
+        }
+    )  # fmt: skip
+    plan = phasequant.quantize(tiny(name), recipe).plan
+    spent = sum(plan.model.macs(g) * (e.spec.bits - 4) / 4 for (_, g), e in plan.raised.items())
+    assert 0 < spent <= 0.5 * plan.model.macs_total * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"policy": {"name": "budget", "price": "bits"}, "activations": {"bits": 8}}, "below 8"),
+        ({"policy": {"name": "budget", "choices": [6], "format": "fp8"}}, "8 and 16 alone"),
+    ],
+)
+def test_policies_that_cannot_be_meant_are_refused(parts, message):
+    with pytest.raises(PhaseQuantError, match=message):
+        Recipe.from_dict({"activations": {"bits": 4}, **parts})

@@ -16,6 +16,7 @@ from phasequant.plan import (
     PrecisionPlan,
     Raised,
     Seen,
+    Terms,
     better,
     choices,
     make_plan,
@@ -35,8 +36,8 @@ def seen_of(transformed: Transformed, recipe: Recipe | None = None) -> Seen | No
     if not transformed.observations:
         return None
     recipe = recipe or transformed.recipe
-    ask = _ask(transformed, recipe)
-    if ask is None or recipe.policy.score not in RUNS_MODEL:
+    ask = _ask(transformed, recipe) if recipe.policy.score in RUNS_MODEL else None
+    if ask is None:
         return Seen(*transformed.observations)
     found = MEASURES[recipe.policy.score](ask)
     note(f"sensitivity ({found.name}): {found.seconds:.0f} s on {ask.run.tokens.numel()} tokens")
@@ -102,16 +103,16 @@ def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen
     def measured(bits: Mapping[Place, int]) -> float:
         return measure({p: ask.at(p, grids[b]) if b in grids else plan.spec(*p) for p, b in bits.items()})
 
-    made = better(
-        {place: bits_of(plan.spec(*place)) for place in ask.places},
+    begin = {place: bits_of(plan.spec(*place)) for place in ask.places}
+    others = sum(price(policy, model_map, p, low.bits, b) for p, b in begin.items() if b not in grids)
+    terms = Terms(
         low.bits,
         top,
-        {place: found.gain(place, low.bits, top) for place in ask.places},
-        {place: price(policy, model_map, place, low.bits, top) for place in ask.places},
-        policy.a8_share * model_map.macs_total,
-        measured,
-        policy.swaps,
+        gain={place: found.gain(place, low.bits, top) for place in ask.places},
+        price={place: price(policy, model_map, place, low.bits, top) for place in ask.places},
+        budget=policy.a8_share * model_map.macs_total - others,
     )
+    made = better(begin, terms, measured, policy.swaps)
     note(f"swaps: {len(made.exchanged)} of {made.tries} kept, KL {made.before:.4f} → {made.after:.4f} nats a token")
     raised = {place: entry for place, entry in plan.raised.items() if made.bits[place] != low.bits}
     for place, bits in made.bits.items():

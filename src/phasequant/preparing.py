@@ -38,9 +38,13 @@ def calibration_tokens(source: Source, recipe: Recipe) -> tuple[Int[Tensor, "seq
     """The recipe's calibration sequences, and their origin for the manifest."""
     wanted = recipe.calibration
     corpus = text.find(wanted.text, "calibration")
-    tokens = text.cut(corpus, source.tokenizer, wanted.seqlen, wanted.sequences)
-    if len(tokens) < wanted.sequences:
-        note(f"calibration text {corpus.source} holds {len(tokens)} sequences of {wanted.seqlen}: all are used")
+    key = corpus.sha256, wanted.seqlen, wanted.sequences
+    if key not in source.cuts:
+        found = text.cut(corpus, source.tokenizer, wanted.seqlen, wanted.sequences)
+        if len(found) < wanted.sequences:
+            note(f"calibration text {corpus.source} holds {len(found)} sequences of {wanted.seqlen}: all are used")
+        source.cuts[key] = found
+    tokens = source.cuts[key]
     return tokens, {
         "text": corpus.source,
         "sha256": corpus.sha256,

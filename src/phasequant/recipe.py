@@ -412,6 +412,12 @@ class Recipe(_Part):
             self.policy.name != "uniform" and self.policy.bits not in (8, 16)
         ):
             raise ValueError("policy.format=fp8 is 8 bits: set policy.bits=8, or policy.format=int")
+        if self.policy.price == "bits" and self.activations.bits >= 8 and self.policy.name == "budget":
+            raise ValueError("policy.price=bits counts bits towards 8: it needs activations.bits below 8")
+        if set(self.policy.choices) - {8, 16} and (
+            raised == "fp8" or (raised == "auto" and self.activations.format != "int")
+        ):
+            raise ValueError("raised groups read fp8, which is 8 bits: policy.choices can hold 8 and 16 alone")
         learns = method in ("flat", "spin") or self.learned_clips
         for part in (self.activations, self.weights):
             if learns and part.format != "int" and part.bits < 16:

@@ -5,11 +5,12 @@ this (a PhaseQuant checkpoint keeps its packed codes). On a CPU everything is co
 model's own 16-bit type.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from phasequant.arch import ModelMap
@@ -28,7 +29,7 @@ DEMO = "demo"
 class Source:
     """A model ready to be looked at: `name` is what the user typed, `quantized` whether it holds packed codes, `work`
     the device that its blocks visit one at a time while the model stays in host memory. `prefix`: what the
-    pipeline put before every sequence."""
+    pipeline put before every sequence; `cuts`: calibration sequences that were tokenized already."""
 
     name: str
     model: PreTrainedModel
@@ -37,6 +38,7 @@ class Source:
     quantized: bool = False
     work: torch.device | None = None
     prefix: Prefix | None = None
+    cuts: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def compute(self) -> torch.device:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap
 from phasequant.evaluate.perplexity import nll
+from phasequant.nn import logits_of
 from phasequant.stream import BlockStream, resident
 
 
@@ -22,13 +23,9 @@ def streamed_perplexity(
         pass
     norm = model.get_submodule(model_map.family.final_norm)
     head = model.get_submodule(model_map.family.head)
-    name = model_map.family.logit_softcap
-    cap = None if name is None else getattr(model.config, name, None)
     total = 0.0
     with resident(norm, device), resident(head, device):
         for row, ids in zip(stream.hidden, tokens, strict=True):
-            x = row.to(device)
-            logits = head(norm(x[None]))[0]
-            total += nll(logits if cap is None else torch.tanh(logits / cap) * cap, ids)
+            total += nll(logits_of(model, model_map, row.to(device)), ids)
     mean = total / len(tokens)
     return math.exp(mean) if mean < 700 else math.inf

@@ -26,7 +26,7 @@ from phasequant.nn.layout import (
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
 from phasequant.nn.prefix import attach_prefix, prefix_length, prefix_states, without_prefix
-from phasequant.nn.softcap import is_capped
+from phasequant.nn.softcap import is_capped, logits_of
 
 __all__ = [
     "ATTENTION",
@@ -49,6 +49,7 @@ __all__ = [
     "kv_bytes_per_token",
     "kv_in_16_bits",
     "lay_out",
+    "logits_of",
     "prefix_length",
     "prefix_states",
     "prefix_tokens",

@@ -11,7 +11,10 @@ alone. Only their positions begin at P: a hook on the decoder adds P to the give
 none are given (from the attention mask where it pads). So prefill in one piece or in several, padded or not, with a
 cache or without, every token sees the same prefix at the same distance.
 
-Costs a token: attention over P keys more. Memory: 2·P·K·H numbers a block, once, whatever the batch.
+Costs a token: attention over P keys more; prefill without padding also SDPA's causal fast path, since its mask is
+written out (T × (P + T) bits a block). Memory: 2·P·K·H numbers a block, once, whatever the batch.
+
+Sources: QFeP (arXiv 2405.14428) and PrefixQuant (arXiv 2410.05265) for 16-bit prefix states; the rest is ours.
 """
 
 import inspect
@@ -90,7 +93,8 @@ def _offset(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             f"attention '{decoder.config._attn_implementation}' does not see this model's prefix of "  # type: ignore[union-attr]
             f"{length} tokens: leave attn_implementation alone"
         )
-    kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
+    if args:
+        kwargs = {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
     ids = kwargs.get("input_ids")
     given: Tensor = ids if isinstance(ids, Tensor) else kwargs["inputs_embeds"]
     tokens, positions, mask = given.shape[1], kwargs.get("position_ids"), kwargs.get("attention_mask")

@@ -66,3 +66,13 @@ def is_capped(model: PreTrainedModel, model_map: ModelMap) -> bool:
     """Whether a model's attention scores are capped."""
     name = model_map.family.softcap
     return name is not None and getattr(model.config, name, None) is not None
+
+
+def logits_of(model: PreTrainedModel, model_map: ModelMap, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+    """What a model makes of the residual after its last block: final norm, head, and the cap of logits where it has
+    one."""
+    norm, head = (model.get_submodule(name) for name in (model_map.family.final_norm, model_map.family.head))
+    name = model_map.family.logit_softcap
+    cap = None if name is None else getattr(model.config, name, None)
+    logits: Tensor = head(norm(hidden[None]))[0]
+    return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -4,7 +4,7 @@ from phasequant.plan.budget import choices, price, sensitivity
 from phasequant.plan.policies import NEEDS_NOISE, NEEDS_OBSERVATIONS, POLICIES, make_plan, thresholds
 from phasequant.plan.precision import PrecisionPlan, Raised
 from phasequant.plan.seen import Seen
-from phasequant.plan.swaps import better
+from phasequant.plan.swaps import Terms, better
 from phasequant.sensitivity.closed import LOW
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PrecisionPlan",
     "Raised",
     "Seen",
+    "Terms",
     "better",
     "choices",
     "make_plan",

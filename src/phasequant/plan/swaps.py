@@ -12,41 +12,46 @@ from dataclasses import dataclass
 from phasequant.arch import Place
 
 Bits = Mapping[Place, int]
+Move = tuple[Place | None, Place]
+"""(out, in); out None: nothing has to go."""
 
 
 @dataclass(frozen=True)
 class Bettered:
-    """The bits of every place, the KL before and after, and what was exchanged: (out, in) pairs (None: added)."""
+    """The bits of every place, the KL before and after, and what was exchanged."""
 
     bits: dict[Place, int]
     before: float
     after: float
     tries: int
-    exchanged: tuple[tuple[Place | None, Place], ...]
+    exchanged: tuple[Move, ...]
 
 
-def better(
-    bits: Bits,
-    low: int,
-    high: int,
-    gain: Mapping[Place, float],
-    price: Mapping[Place, float],
-    budget: float,
-    measure: Callable[[Bits], float],
-    tries: int,
-) -> Bettered:
+@dataclass(frozen=True)
+class Terms:
+    """Between which bits groups are exchanged, what raising each is said to save, what it costs, and what may be spent
+    on those at `high`."""
+
+    low: int
+    high: int
+    gain: Mapping[Place, float]
+    price: Mapping[Place, float]
+    budget: float
+
+
+def better(bits: Bits, terms: Terms, measure: Callable[[Bits], float], tries: int) -> Bettered:
     """Exchange groups at `high` for groups at `low`, at most `tries` times; groups at other bits stay."""
     now = dict(bits)
     before = best = measure(now)
-    refused: set[tuple[Place | None, Place]] = set()
-    kept: list[tuple[Place | None, Place]] = []
+    refused: set[Move] = set()
+    kept: list[Move] = []
     done = 0
     while done < tries:
-        move = _next(now, low, high, gain, price, budget, refused)
+        move = _next(now, terms, refused)
         if move is None:
             break
         out, into = move
-        tried = {**now, into: high, **({out: low} if out is not None else {})}
+        tried = {**now, into: terms.high, **({out: terms.low} if out is not None else {})}
         found = measure(tried)
         done += 1
         if found < best:
@@ -58,30 +63,17 @@ def better(
     return Bettered(now, before, best, done, tuple(kept))
 
 
-def _next(
-    bits: Bits,
-    low: int,
-    high: int,
-    gain: Mapping[Place, float],
-    price: Mapping[Place, float],
-    budget: float,
-    refused: set[tuple[Place | None, Place]],
-) -> tuple[Place | None, Place] | None:
+def _next(bits: Bits, terms: Terms, refused: set[Move]) -> Move | None:
     """The untried exchange that promises most: an addition that fits, else the one of least loss."""
-    spent = sum(price[place] for place, b in bits.items() if b == high)
-    raised = [place for place, b in bits.items() if b == high]
-    lowered = [place for place, b in bits.items() if b == low]
-    fitting = [(gain[p], None, p) for p in lowered if spent + price[p] <= budget and (None, p) not in refused]
-    if fitting:
-        _, out, into = max(fitting, key=lambda move: move[0])
-        return out, into
-    moves = [
-        (gain[into] - gain[out], out, into)
+    gain, price = terms.gain, terms.price
+    raised = [place for place, b in bits.items() if b == terms.high]
+    lowered = [place for place, b in bits.items() if b == terms.low]
+    room = terms.budget - sum(price[place] for place in raised)
+    moves: list[tuple[float, Move]] = [(gain[p], (None, p)) for p in lowered if price[p] <= room]
+    moves = [move for move in moves if move[1] not in refused] or [
+        (gain[into] - gain[out], (out, into))
         for out in raised
         for into in lowered
-        if spent - price[out] + price[into] <= budget and (out, into) not in refused
+        if price[into] - price[out] <= room and (out, into) not in refused
     ]
-    if not moves:
-        return None
-    _, out, into = max(moves, key=lambda move: move[0])
-    return out, into
+    return max(moves, key=lambda move: move[0])[1] if moves else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from phasequant.arch import Place
 from phasequant.console import progress
-from phasequant.nn import Activations, QuantLinear, in_16_bits, set_activations
+from phasequant.nn import Activations, QuantLinear, in_16_bits, logits_of, set_activations
 from phasequant.numerics import QuantSpec
 from phasequant.observe.sweep import reading
 from phasequant.sensitivity.contract import Ask, Harm, Sensitivity, bits_of
@@ -45,7 +45,10 @@ def divergences(ask: Ask, common: QuantSpec | None, others: Sequence[QuantSpec |
                 for group in ask.map.groups:
                     own = ask.at((step.index, group.name), common)
                     stack.enter_context(reading(step.block, group.linears, own))
-                made = {key: _through(step.block, rows, arguments, ask.run.device) for key, rows in states.items()}
+                flat = iter(
+                    _through(step.block, [r for rows in states.values() for r in rows], arguments, ask.run.device)
+                )
+                made = {key: [next(flat) for _ in rows] for key, rows in states.items()}
                 for group in ask.map.groups:
                     for spec in others:
                         with reading(step.block, group.linears, ask.at((step.index, group.name), spec)):
@@ -75,14 +78,11 @@ def _through(
 def _against_16_bits(ask: Ask, exact: list[Tensor], states: dict[Key, list[Tensor]]) -> dict[Key, float]:
     norm = ask.run.model.get_submodule(ask.map.family.final_norm)
     head = ask.run.model.get_submodule(ask.map.family.head)
-    name = ask.map.family.logit_softcap
-    cap = None if name is None else getattr(ask.run.model.config, name, None)
     total = dict.fromkeys(states, 0.0)
     count = 0
 
     def logs(rows: Tensor) -> Tensor:
-        logits = head(norm(rows.to(ask.run.device)[None]))[0].float()
-        return (logits if cap is None else torch.tanh(logits / cap) * cap).log_softmax(-1)
+        return logits_of(ask.run.model, ask.map, rows.to(ask.run.device)).float().log_softmax(-1)
 
     with resident(norm, ask.run.device), resident(head, ask.run.device), progress("logits", len(states)) as tick:
         pieces = [(s, at) for s, row in enumerate(exact) for at in range(0, len(row), HEAD_ROWS)]
