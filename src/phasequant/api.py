@@ -211,6 +211,7 @@ def figures(model: PreTrainedModel, model_map: ModelMap, found: Score, a8_share:
         "ppl": found.ppl,
         "kl": found.kl,
         "a8_share": a8_share,
+        "row_share": found.rows,
         "weight_bytes": weight_bytes(model),
         "kv_bytes_per_token": kv_bytes_per_token(model, model_map),
     }

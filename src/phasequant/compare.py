@@ -163,7 +163,7 @@ class _Comparison:
             for (of, bits), (key, _) in zip(candidates, named.items(), strict=True):
                 if of == policy:
                     one = scores[key]
-                    figures[str(bits)] = {"ppl": one.ppl, "kl": one.kl, "nll": list(one.nll_by_chunk)}
+                    figures[str(bits)] = {"ppl": one.ppl, "kl": one.kl, "rows": one.rows, "nll": list(one.nll_by_chunk)}
             low, weights = recipe.activations.bits, recipe.weights.bits
             row = {
                 "recipe": name,
@@ -193,12 +193,19 @@ class _Comparison:
         return found
 
     def once(self, name: str, wanted: list[Recipe]) -> list[dict[str, Any]]:
-        """All plans on the codes of one transform, which does not see them."""
+        """All plans on one transform, which does not see them; on the same codes, unless these are polished for one."""
         noise = any(recipe.policy.name == "budget" and recipe.policy.score == "noise" for recipe in wanted)
         raw = any(recipe.policy.name == "threshold" and recipe.policy.coordinates == "raw" for recipe in wanted)
         made = pipeline.observe_and_transform(self._copy(), wanted[0], raw=raw, transformed=True, noise=noise)
         plans: dict[str, PrecisionPlan] = {recipe.policy.name: pipeline.planned(made, recipe) for recipe in wanted}
-        return self._measure(name, wanted, made, plans)
+        if not pipeline.follows_plan(wanted[0]):
+            return self._measure(name, wanted, made, plans)
+        found = []
+        for recipe in wanted:
+            source = replace(made.source, model=copy.deepcopy(made.source.model))
+            own: dict[str, PrecisionPlan] = {recipe.policy.name: plans[recipe.policy.name]}
+            found += self._measure(name, [recipe], replace(made, source=source), own)
+        return found
 
     def learned(self, name: str, recipe: Recipe, drafts: dict[str, pipeline.Transformed]) -> list[dict[str, Any]]:
         """One plan, and the transform learned for it. `drafts`: the transform at all-low, for plans."""
@@ -210,6 +217,7 @@ class _Comparison:
             )
         draft = drafts.get("draft")
         plan = make_plan(recipe, self.source.map, None) if draft is None else pipeline.planned(draft, recipe)
+        plan = replace(plan, clips={}, rows=None)  # those are of the draft's transform
         made = pipeline.observe_and_transform(self._copy(), recipe, raw=False, transformed=True, noise=False, plan=plan)
         return self._measure(name, [recipe], made, {recipe.policy.name: plan})
 

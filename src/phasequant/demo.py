@@ -84,7 +84,7 @@ def run_demo(
     seen = pipeline.seen_of(made, wanted.with_("policy.name=budget"))
     assert seen is not None
     candidates: dict[str, Candidate]
-    if pipeline.sees_plan(wanted):
+    if pipeline.follows_plan(wanted):
         runs, shown = _learned_rows(source, recipe, wanted, made)
         candidates = {name: run.model for name, run in runs.items()}
         rows_plans = {name: run.plan for name, run in runs.items()}

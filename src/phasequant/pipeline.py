@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phasequant import text, transform, weight
+from phasequant import finetune, text, transform, weight
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import mark_quantized, save
 from phasequant.console import note, warn
@@ -42,7 +42,7 @@ from phasequant.plan import (
     Seen,
     make_plan,
 )
-from phasequant.planning import give_ranges, planned, seen_of, with_excluded, with_searched_clips
+from phasequant.planning import give_ranges, planned, seen_of, with_excluded, with_rows, with_searched_clips
 from phasequant.preparing import (
     Transformed,
     calibration_tokens,
@@ -119,6 +119,7 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     plan = with_learned_clips(plan, chosen)
     if not plan.clips:
         plan = with_searched_clips(plan, transformed, recipe)
+    plan = with_rows(plan, transformed, recipe)
     stored = storage_dtype(recipe, source)
     _round_dense(model, stored, but_linears=plan.weights is not None)
     give_ranges(source, recipe, plan)
@@ -134,8 +135,18 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
 
         attach(model, model_map, make)
     weights: dict[str, Any] | None = None
+    task = _polish_task(source, recipe, chosen)
+    lessons = None if task is None else _lessons(task)
     if plan.weights is not None:
         weights = _quantize_weights(source, recipe, plan.weights, chosen)
+    told: list[dict[str, Any]] = []
+    if task is not None and lessons is not None:
+        polished = _polish(task, lessons)
+        told = [one.told for one in polished]
+        for one in polished:
+            plan = replace(plan, clips={**plan.clips, **one.clips})
+            for block, (keys, values) in one.kv.items():
+                layouts[block] = replace(layouts[block], keys=keys, values=values)
     ranks = {group.name: rank for group in model_map.groups if (rank := recipe.lowrank.rank_of(group.name))}
     lowrank = LowRank(ranks, recipe.lowrank.input == "rounded", str(stored).removeprefix("torch.")) if ranks else None
     kind = str(stored).removeprefix("torch.")
@@ -150,8 +161,10 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
         "transform": chosen.describe(model_map, plan.kv is not None),
         "calibration": transformed.calibration,
         "a8_share": plan.a8_share,
+        "rows": plan.rows and {"by": plan.rows.by, "share": plan.rows.share},
         "learning": transformed.cost,
         "weights": weights,
+        "finetune": told,
         "prefix": source.prefix and source.prefix.to_dict(),
     }
     return Quantized(model, source.tokenizer, model_map, recipe, plan, chosen, transformed.observations, origin)
@@ -196,6 +209,45 @@ def _quantize_weights(source: Source, recipe: Recipe, spec: QuantSpec, chosen: T
     }
 
 
+def _polish_task(source: Source, recipe: Recipe, chosen: Transform) -> finetune.PolishTask | None:
+    """What polishing is given; None where the recipe asks for none."""
+    part = recipe.finetune
+    if not part.on:
+        return None
+    return finetune.PolishTask(
+        model=source.model,
+        map=source.map,
+        tokens=cut(source, recipe, part.seqlen, part.sequences, "finetune"),
+        part=part,
+        stored=storage_dtype(recipe, source),
+        seed=recipe.seed,
+        device=source.compute,
+        qk={index: chosen.block(index).qk for index in source.map.blocks},
+    )
+
+
+_Lessons = tuple[finetune.Aims | None, list[torch.Tensor] | None]
+
+
+def _lessons(task: finetune.PolishTask) -> _Lessons:
+    """What the model gives in 16 bits, taken before its weights become codes."""
+    return (
+        finetune.aims(task) if task.part.epochs else None,
+        finetune.teach(task) if task.part.steps else None,
+    )
+
+
+def _polish(task: finetune.PolishTask, lessons: _Lessons) -> list[finetune.Polished]:
+    """Block reconstruction, then distillation: what of them the recipe asks for."""
+    targets, teacher = lessons
+    found = []
+    if targets is not None:
+        found.append(finetune.reconstruct(task, targets))
+    if teacher is not None:
+        found.append(finetune.distill(task, teacher))
+    return found
+
+
 def branch_macs(recipe: Recipe, model_map: ModelMap) -> int:
     """Multiply-adds a token of all low-rank branches, where the linears of a group share x·Aᵀ."""
     macs = 0
@@ -235,6 +287,11 @@ def sees_plan(recipe: Recipe) -> bool:
     return transform.METHODS[recipe.transform.method].sees_plan or bool(recipe.learned_clips) or codes
 
 
+def follows_plan(recipe: Recipe) -> bool:
+    """Whether a quantized model of this recipe is made for one plan: what is polished is polished for its bits."""
+    return sees_plan(recipe) or recipe.finetune.on
+
+
 def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, PrecisionPlan]:
     """The recipe's plan, observing only what its policy needs, and its transform, learned for that plan."""
     name, raw_only = recipe.policy.name, recipe.policy.coordinates == "raw"
@@ -260,7 +317,8 @@ def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, Pre
     if draft is None:
         plan = make_plan(recipe, source.map, Seen(*observations) if observations else None)
     else:
-        plan = replace(planned(replace(draft, observations=observations)), clips={})  # of the draft's transform
+        drafted = planned(replace(draft, observations=observations))
+        plan = replace(drafted, clips={}, rows=None)  # those are of the draft's transform
     made = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
     return replace(made, observations=observations, calibration=calibration), plan
 
@@ -282,6 +340,7 @@ __all__ = [
     "calibration_tokens",
     "check_plan",
     "finish",
+    "follows_plan",
     "give_prefix",
     "learn",
     "observe_and_transform",

@@ -15,6 +15,7 @@ from phasequant.numerics import QuantSpec
 from phasequant.plan import (
     PrecisionPlan,
     Raised,
+    Rows,
     Seen,
     Terms,
     better,
@@ -86,7 +87,7 @@ def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen |
     plan = make_plan(recipe, transformed.source.map, seen)
     if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
         plan = _swapped(plan, transformed, recipe, seen)
-    return with_searched_clips(with_excluded(plan, transformed), transformed, recipe)
+    return with_rows(with_searched_clips(with_excluded(plan, transformed), transformed, recipe), transformed, recipe)
 
 
 def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> PrecisionPlan:
@@ -136,6 +137,20 @@ def with_excluded(plan: PrecisionPlan, transformed: Transformed) -> PrecisionPla
     how = "searched" if found.searched else "given"
     note(f"qfem: {len(raised)} of {len(ratios)} groups read {part.bits} bits (alpha {found.alpha:.4g}, {how})")
     return replace(plan, raised={**plan.raised, **raised}, alpha=found.alpha)
+
+
+def with_rows(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe) -> PrecisionPlan:
+    """The plan with the rows that read 8 bits in groups that read the low grid."""
+    part, low = recipe.activations, plan.low
+    if part.token_policy == "none" or low is None or plan.rows is not None:
+        return plan
+    source = transformed.source
+    tokens, _ = calibration_tokens(source, recipe)
+    grids = {place: None if place in plan.raised else low for place in plan.activations}
+    found = observe.row_thresholds(
+        source.model, source.map, tokens, grids, part.token_policy, part.token_share, source.compute
+    )
+    return replace(plan, rows=Rows(part.token_policy, part.token_share, found))
 
 
 def _search_alpha(plan: PrecisionPlan, transformed: Transformed, ratios: dict[Place, float]) -> isolate.Excluded:

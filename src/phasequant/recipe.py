@@ -222,8 +222,24 @@ class ActivationsPart(_Part):
         "for the least error of outputs; learned: with the transform",
     )
 
+    token_policy: Literal["none", "gsr", "absmax"] = Field(
+        "none",
+        description="single tokens that read 8 bits in groups that read fewer: none; those of the largest grid-to-std "
+        "ratio; those of the largest values (free where 4-bit codes travel as int8)",
+    )
+    token_share: Fraction = Field(
+        0.05, description="the share of such tokens in every group, on the calibration text; it is counted elsewhere"
+    )
+
     @model_validator(mode="after")
     def _format_fits(self) -> "ActivationsPart":
+        if self.token_policy != "none" and (
+            self.format != "int" or self.granularity != "token" or not 2 <= self.bits < 8
+        ):
+            raise ValueError(
+                f"activations.token_policy={self.token_policy} has single tokens read 8 bits: it needs "
+                "activations.bits below 8, integer codes and a scale a token"
+            )
         bits = {"int": self.bits, "fp8": 8}.get(self.format, 4)
         if self.bits not in (16, bits) or (
             self.format != "int" and (not self.symmetric or self.granularity != "token")
@@ -349,6 +365,35 @@ class ExcludePart(_Part):
     )
 
 
+class FinetunePart(_Part):
+    """Polishing what stays continuous beside the codes; nothing is added to inference."""
+
+    epochs: Annotated[int, Field(ge=0)] = Field(
+        0, description="block reconstruction: passes over the sequences, block after block; 0: none"
+    )
+    steps: Annotated[int, Field(ge=0)] = Field(0, description="distillation end to end (KL to 16 bits): steps; 0: none")
+    minutes: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="distillation ends after so many, whatever steps are left; null: no limit"
+    )
+    parameters: tuple[Literal["scales", "clips", "norms", "branches"], ...] = Field(
+        ("scales", "clips", "norms", "branches"),
+        description="what is learned: scales of weights, clips (activations, KV), gains of norms, low-rank branches",
+    )
+    sequences: Annotated[int, Field(ge=1)] = Field(
+        64, description="calibration sequences, at most; an eighth of them is held out to judge by"
+    )
+    seqlen: Annotated[int, Field(ge=2)] = Field(1024, description="tokens in each")
+    batch: Annotated[int, Field(ge=1)] = Field(4, description="sequences a step")
+    lr: Annotated[float, Field(gt=0.0)] = Field(1e-3, description="of scales and gains, relative to their size")
+    clip_lr: Annotated[float, Field(gt=0.0)] = Field(1e-2, description="of clips")
+    branch_lr: Annotated[float, Field(gt=0.0)] = Field(1e-4, description="of low-rank branches")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is polished."""
+        return bool(self.epochs or self.steps)
+
+
 class CalibrationPart(_Part):
     """The text that metrics and plans are measured on; never the one that is evaluated."""
 
@@ -378,6 +423,7 @@ class Recipe(_Part):
     policy: PolicyPart = Field(PolicyPart(), description="which groups read more bits than activations.bits")
     prefix: PrefixPart = Field(PrefixPart(), description="tokens kept in 16-bit KV before every sequence")
     exclude: ExcludePart = Field(ExcludePart(), description="modules left unquantized")
+    finetune: FinetunePart = Field(FinetunePart(), description="polishing scales, clips, norms and branches")
     calibration: CalibrationPart = Field(CalibrationPart(), description="text that metrics and plans are measured on")
     storage: StoragePart = Field(StoragePart(), description="what is not quantized: embeddings, norms, head")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice (signs of rotations)")
@@ -398,6 +444,8 @@ class Recipe(_Part):
         spin = method == "spin"
         if self.lowrank.method != "none" and self.weights.bits == 16:
             raise ValueError("lowrank goes beside codes: set weights.bits below 16")
+        if self.finetune.on and self.weights.bits == self.activations.bits == self.kv.bits == 16:
+            raise ValueError("finetune polishes a quantized model: set weights.bits, activations.bits or kv.bits")
         if (self.prefix.method == "tokens") != bool(self.prefix.tokens):
             raise ValueError("prefix.tokens goes with prefix.method=tokens, and only with it")
         if self.exclude.method != "none":

@@ -1,6 +1,6 @@
 """PhaseQuant as a quantization method of Transformers: registered on import, no model patched.
 
-`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 4, "layout": {…}}`. Loading lays
+`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 5, "layout": {…}}`. Loading lays
 out empty `QuantLinear`s and KV quantizers on the meta device and lets Transformers fill them. A layout of a newer
 format is refused. Saving hands over codes as they are and dense tensors in the checkpoint's 16-bit type.
 """
@@ -23,8 +23,8 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn import ModelLayout, lay_out, quant_linears
 
 METHOD = "phasequant"
-FORMAT = 4
-READS = (2, 3, 4)  # 3 added low-rank branches and floating-point grids; 4 static grids and a prefix
+FORMAT = 5
+READS = (2, 3, 4, 5)  # 3 added branches and floating-point grids; 4 static grids, a prefix; 5 rows of their own
 
 
 class PhaseQuantConfig(QuantizationConfigMixin):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from phasequant.console import progress
 from phasequant.errors import PhaseQuantError
+from phasequant.nn import row_share
 
 ROWS = 256  # of logits turned into probabilities at once
 
@@ -30,12 +31,14 @@ Candidate: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[Pre
 
 @dataclass(frozen=True)
 class Score:
-    """Means over chunks; `kl` is None without an original. Bootstraps can resample the per-chunk values."""
+    """Means over chunks; `kl` is None without an original. Bootstraps can resample the per-chunk values. `rows`: of the
+    multiply-adds of groups with per-token precision, the share that single rows read in 8 bits."""
 
     ppl: float
     kl: float | None
     nll_by_chunk: tuple[float, ...]
     kl_by_chunk: tuple[float, ...]
+    rows: float | None = None
 
 
 @torch.no_grad()
@@ -67,9 +70,15 @@ def _open(candidate: Candidate) -> AbstractContextManager[PreTrainedModel]:
     return nullcontext(candidate) if isinstance(candidate, PreTrainedModel) else candidate()
 
 
-def _score(nlls: list[float], kls: list[float]) -> Score:
+def _score(nlls: list[float], kls: list[float], rows: list[float]) -> Score:
     mean = sum(nlls) / len(nlls)
-    return Score(exp(mean) if mean < 700 else float("inf"), sum(kls) / len(kls) if kls else None, (*nlls,), (*kls,))
+    return Score(
+        exp(mean) if mean < 700 else float("inf"),
+        sum(kls) / len(kls) if kls else None,
+        (*nlls,),
+        (*kls,),
+        sum(rows) / len(rows) if rows else None,
+    )
 
 
 def score(
@@ -80,6 +89,7 @@ def score(
     """Scores of every candidate, and of the original if there is one."""
     nlls: dict[str, list[float]] = {name: [] for name in candidates}
     kls: dict[str, list[float]] = {name: [] for name in candidates}
+    rows: dict[str, list[float]] = {name: [] for name in candidates}
     original_nlls: list[float] = []
     runs = len(candidates) + (original is not None)
     with progress("evaluate", len(chunks) * runs) as tick:
@@ -91,7 +101,10 @@ def score(
                 tick()
             for name, candidate in candidates.items():
                 with _open(candidate) as model:
+                    row_share(model, forget=True)
                     logits = _logits(model, chunk)
+                    if (counted := row_share(model, forget=True)) is not None:
+                        rows[name].append(counted)
                 if not torch.isfinite(logits).all():
                     raise PhaseQuantError(
                         f"'{name}' produced NaN or infinite logits: its weights or scales are damaged"
@@ -100,6 +113,6 @@ def score(
                 if reference is not None:
                     kls[name].append(kl_divergence(reference, logits))
                 tick()
-    return {name: _score(nlls[name], kls[name]) for name in candidates}, (
-        _score(original_nlls, []) if original_nlls else None
+    return {name: _score(nlls[name], kls[name], rows[name]) for name in candidates}, (
+        _score(original_nlls, [], []) if original_nlls else None
     )

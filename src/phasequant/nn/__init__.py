@@ -21,12 +21,13 @@ from phasequant.nn.layout import (
     prefix_tokens,
     quant_linears,
     replace_module,
+    row_share,
     set_activations,
 )
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
 from phasequant.nn.prefix import attach_prefix, prefix_length, prefix_states, without_prefix
-from phasequant.nn.softcap import is_capped, logits_of
+from phasequant.nn.softcap import capped_logits, is_capped, logits_of
 
 __all__ = [
     "ATTENTION",
@@ -44,6 +45,7 @@ __all__ = [
     "QuantLinear",
     "attach",
     "attach_prefix",
+    "capped_logits",
     "in_16_bits",
     "is_capped",
     "kv_bytes_per_token",
@@ -56,6 +58,7 @@ __all__ = [
     "prepared",
     "quant_linears",
     "replace_module",
+    "row_share",
     "set_activations",
     "switch_attention",
     "take_apart",

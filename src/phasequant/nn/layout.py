@@ -84,7 +84,7 @@ class ModelLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """For `config.json`: the commonest activation grid once, others and clips by name."""
-        plain = {place: spec and replace(spec, clip=1.0) for place, spec in self.activations.items()}
+        plain = {place: spec and replace(spec.narrow, clip=1.0) for place, spec in self.activations.items()}
         kinds = list(plain.values())
         base = max(kinds, key=kinds.count) if kinds else None
         first = next(iter(self.kv.values()), None)
@@ -103,6 +103,11 @@ class ModelLayout:
                     f"{block}.{group}": spec.clip
                     for (block, group), spec in sorted(self.activations.items())
                     if spec is not None and spec.clip != 1.0
+                },
+                "rows": {
+                    f"{block}.{group}": [spec.rows_by, spec.above]
+                    for (block, group), spec in sorted(self.activations.items())
+                    if spec is not None and spec.mixed
                 },
             },
             "online": self.online,
@@ -137,6 +142,10 @@ class ModelLayout:
                 there = activations[place(name)]
                 assert there is not None
                 activations[place(name)] = replace(there, clip=float(clip))
+            for name, (rule, above) in given.get("rows", {}).items():
+                there = activations[place(name)]
+                assert there is not None
+                activations[place(name)] = replace(there, rows_by=rule, above=float(above))
             kv: KV = {}
             if values["kv"] is not None:
                 grid, qk, clips = spec(values["kv"]["grid"]), values["kv"]["qk"], values["kv"]["clips"]
@@ -221,6 +230,19 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
 def quant_linears(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     """Every `QuantLinear` with its name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+
+
+def row_share(model: nn.Module, *, forget: bool = False) -> float | None:
+    """The share of the linear multiply-adds that single rows read in 8 bits, counted in all forwards since the last
+    `forget`; None where no input has rows of its own, or none was read."""
+    wide = seen = 0
+    for _, linear in quant_linears(model):
+        macs = linear.in_features * linear.out_features
+        raised, rows = linear.rows_read(forget=forget)
+        if linear.input_spec is None or not linear.input_spec.mixed:
+            rows = 0
+        wide, seen = wide + raised * macs, seen + rows * macs
+    return wide / seen if seen else None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from phasequant.errors import PhaseQuantError
 from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight, round_input
 from phasequant.nn.online import OnlineMap
-from phasequant.numerics import QuantSpec, pack, packed_width, read_scales, store_scales
+from phasequant.numerics import QuantSpec, pack, packed_width, read_scales, store_scales, wide_rows
 
 
 class QuantLinear(nn.Module):
@@ -56,6 +56,8 @@ class QuantLinear(nn.Module):
         self.weight_spec = weight_spec
         self.online = online
         self._kernel: tuple[LinearSpec, torch.device, Kernel] | None = None
+        self._rows_seen = 0
+        self._rows_wide: Tensor | None = None
         self.weight_dense: nn.Parameter | None = None
         if weight_spec is None:
             dense = torch.empty(out_features, in_features, device=device, dtype=dtype)
@@ -203,7 +205,23 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
         """(*, I) → (*, O)."""
-        return self.kernel(x.device).linear(self.prepare(x), self.tensors, self.spec)
+        read = self.prepare(x)
+        if self.input_spec is not None and self.input_spec.mixed:
+            self._count(read, self.input_spec)
+        return self.kernel(x.device).linear(read, self.tensors, self.spec)
+
+    def _count(self, x: Tensor, spec: QuantSpec) -> None:
+        wide = wide_rows(x.detach().to(torch.promote_types(x.dtype, torch.float32)), spec)
+        self._rows_seen += wide.numel()
+        counted = wide.sum()
+        self._rows_wide = counted if self._rows_wide is None else self._rows_wide.to(counted) + counted
+
+    def rows_read(self, *, forget: bool = False) -> tuple[int, int]:
+        """(rows read on the wide grid, all rows) of a mixed input grid, since the last `forget`."""
+        found = 0 if self._rows_wide is None else int(self._rows_wide), self._rows_seen
+        if forget:
+            self._rows_seen, self._rows_wide = 0, None
+        return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         """Moves go through; `.half()` and the like must not round scales or online factors: those define the grid."""

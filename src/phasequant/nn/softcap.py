@@ -72,7 +72,11 @@ def logits_of(model: PreTrainedModel, model_map: ModelMap, hidden: Float[Tensor,
     """What a model makes of the residual after its last block: final norm, head, and the cap of logits where it has
     one."""
     norm, head = (model.get_submodule(name) for name in (model_map.family.final_norm, model_map.family.head))
+    return capped_logits(model, model_map, head(norm(hidden[None]))[0])
+
+
+def capped_logits(model: PreTrainedModel, model_map: ModelMap, logits: Float[Tensor, "T V"]) -> Float[Tensor, "T V"]:
+    """What the head gives, capped where the model caps it."""
     name = model_map.family.logit_softcap
     cap = None if name is None else getattr(model.config, name, None)
-    logits: Tensor = head(norm(hidden[None]))[0]
     return logits if cap is None else torch.tanh(logits / cap) * cap

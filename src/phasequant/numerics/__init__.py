@@ -15,12 +15,14 @@ from phasequant.numerics.integer import (
 from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
 from phasequant.numerics.procrustes import polar, procrustes_step
-from phasequant.numerics.spec import QuantSpec
+from phasequant.numerics.rows import measure_rows, row_measure, wide_rows
+from phasequant.numerics.spec import QuantSpec, RowRule
 from phasequant.numerics.straight_through import straight_through
 
 __all__ = [
     "LinearMap",
     "QuantSpec",
+    "RowRule",
     "apply_map",
     "codes_type",
     "dequantize",
@@ -28,6 +30,7 @@ __all__ = [
     "grid",
     "hadamard",
     "layout_shapes",
+    "measure_rows",
     "pack",
     "packed_width",
     "polar",
@@ -37,10 +40,12 @@ __all__ = [
     "read_scales",
     "round_to_codes",
     "round_values",
+    "row_measure",
     "spreading_mix",
     "spreading_rotation",
     "static_grid",
     "store_scales",
     "straight_through",
     "unpack",
+    "wide_rows",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics.floating import e2m1_values, float_scale, round_float
+from phasequant.numerics.rows import wide_rows
 from phasequant.numerics.spec import QuantSpec
 
 MSE_STEPS = 80  # ratios 1 - i/100, i = 0 … 79
@@ -81,6 +82,11 @@ def grid(
     only every so many of the 80. `peak`: the tensor's largest magnitude, from which NVFP4 takes its second scale;
     without it every row has its own.
     """
+    if spec.mixed:
+        wide = wide_rows(x, spec)[..., None]
+        both = zip(grid(x, spec.wide), grid(x, spec.narrow, ratio), strict=True)
+        scale, zero = (torch.where(wide, high, low) for high, low in both)
+        return scale, zero
     grouped = to_groups(x, spec)
     if spec.static:
         raise PhaseQuantError(f"the grid '{spec}' has a calibrated range, and none was given")
@@ -121,7 +127,10 @@ def round_to_codes(
     zero: Float[Tensor, "*shared G"],
     spec: QuantSpec,
 ) -> Shaped[Tensor, "*rows width"]:
-    """Codes of `x` on a given grid, of `codes_type`."""
+    """Codes of `x` on a given grid, of `codes_type`. Rows of a mixed grid are clamped to their own bits."""
+    if spec.mixed:
+        wide, narrow = (round_to_codes(x, scale, zero, one) for one in (spec.wide, spec.narrow))
+        return torch.where(wide_rows(x, spec)[..., None], wide, narrow)
     codes, _ = round_values(to_groups(x, spec), scale[..., None], zero[..., None], spec)
     return from_groups(codes, x.shape, spec).to(codes_type(spec))
 
@@ -170,6 +179,9 @@ def fake_quantize(
     x: Float[Tensor, "*rows width"], spec: QuantSpec, calibrated: Float[Tensor, "2 m"] | None = None
 ) -> Float[Tensor, "*rows width"]:
     """Round `x` to its grid and back: what a reader of the codes sees. `calibrated`: the range of a static grid."""
+    if spec.mixed:
+        wide, narrow = (fake_quantize(x, one) for one in (spec.wide, spec.narrow))
+        return torch.where(wide_rows(x, spec)[..., None], wide, narrow)
     scale, zero = grid(x, spec) if calibrated is None else static_grid(calibrated, spec)
     grouped = to_groups(x, spec)
     codes = _round_to_grid(grouped, scale[..., None], zero[..., None], spec)

@@ -10,6 +10,9 @@ GRANULARITIES = ("tensor", "token", "channel", "group", "column")
 FLOATS = {"nvfp4": (4, "group", 16), "mxfp4": (4, "group", 32), "fp8": (8, "token", None)}
 """Floating-point kinds: bits, granularity, group size."""
 KINDS = ("int", *FLOATS)
+RowRule = Literal["gsr", "absmax"]
+ROW_RULES: tuple[RowRule, ...] = ("gsr", "absmax")
+WIDE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class QuantSpec:
     - `clip`: the largest magnitude kept, as a fraction of the largest present; `"mse"` searches it (weights only).
     - `static`: the largest present is not looked for in each call; it was calibrated and stands beside the
       weights. Activations per tensor or column.
+    - `rows_by`, `above`: rows whose `rows_by` (`numerics.rows`) exceeds `above` are read on `wide` instead. Activations
+      per token.
     """
 
     bits: int = 4
@@ -34,6 +39,8 @@ class QuantSpec:
     clip: float | Literal["mse"] = 1.0
     kind: str = "int"
     static: bool = False
+    rows_by: RowRule | None = None
+    above: float | None = None
 
     @classmethod
     def floating(cls, kind: str, clip: float | Literal["mse"] = 1.0) -> "QuantSpec":
@@ -73,6 +80,18 @@ class QuantSpec:
             raise PhaseQuantError("group_size goes with granularity 'group', and only with it")
         if self.static and self.granularity not in ("tensor", "column"):
             raise PhaseQuantError(f"static scales are per tensor or column, not per {self.granularity}")
+        if (self.rows_by is None) != (self.above is None):
+            raise PhaseQuantError("rows_by (which rows read 8 bits) goes with above (from where on), and only with it")
+        if self.rows_by is not None:
+            if self.rows_by not in ROW_RULES:
+                raise PhaseQuantError(f"unknown rows_by '{self.rows_by}': {did_you_mean(self.rows_by, ROW_RULES)}")
+            if not isinstance(self.above, (int, float)) or not self.above >= 0:
+                raise PhaseQuantError(f"above is a number of 0 or more, not {self.above!r}")
+            if self.kind != "int" or self.granularity != "token" or self.bits >= WIDE_BITS:
+                raise PhaseQuantError(
+                    f"single rows read {WIDE_BITS} bits where the others read fewer, on integer grids with a scale a "
+                    f"token; this is {self.kind}{self.bits} per {self.granularity}"
+                )
         if self.group_size is not None and self.group_size < 1:
             raise PhaseQuantError(f"group_size must be positive, not {self.group_size}")
         if self.clip != "mse" and not 0.0 < float(self.clip) <= 1.0:
@@ -83,6 +102,21 @@ class QuantSpec:
         """The same grid with its range taken from the values that pass: what stands in for a static one where nothing
         is calibrated yet (learning, searching)."""
         return replace(self, static=False) if self.static else self
+
+    @property
+    def mixed(self) -> bool:
+        """Whether single rows are read on a wider grid."""
+        return self.rows_by is not None
+
+    @property
+    def narrow(self) -> "QuantSpec":
+        """The grid of most rows of a mixed one; any other itself."""
+        return replace(self, rows_by=None, above=None) if self.mixed else self
+
+    @property
+    def wide(self) -> "QuantSpec":
+        """The grid of the rows of a mixed one that exceed `above`: 8 bits, with codes to spare for the largest."""
+        return replace(self.narrow, bits=WIDE_BITS, clip=1.0)
 
     @property
     def is_int(self) -> bool:
@@ -102,6 +136,8 @@ class QuantSpec:
     @property
     def reach(self) -> int:
         """The largest |code - zero point|: bounds the integers that a product of two grids can reach."""
+        if self.mixed:
+            return self.wide.reach
         return -self.lowest if self.symmetric else self.highest
 
     def groups(self, width: int) -> int:
@@ -133,4 +169,5 @@ class QuantSpec:
             return f"{self.kind}, clip {self.clip}"
         shape = self.granularity if self.group_size is None else f"group {self.group_size}"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"int{self.bits} {'static ' if self.static else ''}{kind} per {shape}, clip {self.clip}"
+        rows = f", rows of {self.rows_by} > {self.above:.4g} int{WIDE_BITS}" if self.mixed else ""
+        return f"int{self.bits} {'static ' if self.static else ''}{kind} per {shape}, clip {self.clip}{rows}"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
 from phasequant.numerics.integer import from_groups, to_groups
+from phasequant.numerics.rows import wide_rows
 from phasequant.numerics.spec import QuantSpec
 
 
@@ -51,6 +52,9 @@ def straight_through(
 ) -> Float[Tensor, "*rows width"]:
     """`x` rounded to its grid, with a gradient to `x` and to `ratio`, the clip ratio that replaces the grid's own
     (broadcast against the grid's scales, *rows × G). A static grid is taken as one whose range is that of `x`."""
+    if spec.mixed:
+        wide = straight_through(x, spec.wide)
+        return torch.where(wide_rows(x.detach(), spec)[..., None], wide, straight_through(x, spec.narrow, ratio))
     spec = spec.dynamic
     if not spec.is_int:
         raise PhaseQuantError(f"nothing can be learned through {spec.kind} grids yet: take integer ones")

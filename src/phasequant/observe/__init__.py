@@ -6,6 +6,7 @@ from phasequant.observe.massive import Outlier, Phase, outstanding, phases
 from phasequant.observe.observations import Curve, GroupStats, Observations, Residual, SpikeMap, TokenMap
 from phasequant.observe.ranges import calibrate_ranges
 from phasequant.observe.residual import analysis_quantize, historical_snr, jump_ratio
+from phasequant.observe.rows import row_thresholds
 from phasequant.observe.spikes import Spikes, spike_ratio, token_absmax, token_spikes
 from phasequant.observe.sweep import sweep
 
@@ -26,6 +27,7 @@ __all__ = [
     "jump_ratio",
     "outstanding",
     "phases",
+    "row_thresholds",
     "search_clips",
     "spike_ratio",
     "sweep",

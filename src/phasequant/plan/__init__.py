@@ -2,7 +2,7 @@
 
 from phasequant.plan.budget import choices, price, sensitivity
 from phasequant.plan.policies import NEEDS_NOISE, NEEDS_OBSERVATIONS, POLICIES, make_plan, thresholds
-from phasequant.plan.precision import PrecisionPlan, Raised
+from phasequant.plan.precision import PrecisionPlan, Raised, Rows
 from phasequant.plan.seen import Seen
 from phasequant.plan.swaps import Terms, better
 from phasequant.sensitivity.closed import LOW
@@ -14,6 +14,7 @@ __all__ = [
     "POLICIES",
     "PrecisionPlan",
     "Raised",
+    "Rows",
     "Seen",
     "Terms",
     "better",

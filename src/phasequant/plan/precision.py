@@ -12,9 +12,9 @@ from typing import Any
 from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.nn import Activations
-from phasequant.numerics import QuantSpec
+from phasequant.numerics import QuantSpec, RowRule
 
-KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised", "clips", "alpha")
+KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised", "clips", "alpha", "rows")
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,20 @@ class Raised:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Per-token precision of the low grid: by which measure single rows read 8 bits, from where on in each group, and
+    the share of them on the calibration text."""
+
+    by: RowRule
+    share: float
+    above: Mapping[Place, float]
+
+
+@dataclass(frozen=True)
 class PrecisionPlan:
     """Weights, KV, and every group's activations of one model. None means 16 bits. `clips`: what was learned for single
-    groups, instead of their grid's own clip. `alpha`: QFeM's threshold, where it left groups out."""
+    groups, instead of their grid's own clip. `alpha`: QFeM's threshold, where it left groups out. `rows`: single rows
+    that read more than their group."""
 
     policy: str
     model: ModelMap
@@ -38,13 +49,18 @@ class PrecisionPlan:
     raised: Mapping[Place, Raised] = field(default_factory=dict)
     clips: Mapping[Place, float] = field(default_factory=dict)
     alpha: float | None = None
+    rows: Rows | None = None
 
     def spec(self, block: int, group: str) -> QuantSpec | None:
         """The grid that a group reads."""
         entry = self.raised.get((block, group))
         spec = entry.spec if entry is not None else self.low
         clip = self.clips.get((block, group))
-        return spec if spec is None or clip is None else replace(spec, clip=clip)
+        if spec is None:
+            return None
+        if entry is None and self.rows is not None and (block, group) in self.rows.above:
+            spec = replace(spec, rows_by=self.rows.by, above=self.rows.above[block, group])
+        return spec if clip is None else replace(spec, clip=clip)
 
     @property
     def activations(self) -> Activations:
@@ -76,6 +92,12 @@ class PrecisionPlan:
             },
             "clips": {f"{block}.{group}": clip for (block, group), clip in sorted(self.clips.items(), key=_order)},
             "alpha": self.alpha,
+            "rows": self.rows
+            and {
+                "by": self.rows.by,
+                "share": self.rows.share,
+                "above": {f"{b}.{g}": value for (b, g), value in sorted(self.rows.above.items(), key=_order)},
+            },
         }
 
     def to_json(self) -> str:
@@ -122,6 +144,7 @@ class PrecisionPlan:
             raised,
             _clips(values.get("clips") or {}, model_map),
             _alpha(values.get("alpha")),
+            _rows(values.get("rows"), low, model_map),
         )
 
     @classmethod
@@ -148,6 +171,28 @@ def _clips(values: Any, model_map: ModelMap) -> dict[Place, float]:
             raise PhaseQuantError(f"the plan's clip at '{name}' is not valid: a fraction in (0, 1], not {clip!r}")
         found[_place(name, model_map, "clips")] = float(clip)
     return found
+
+
+def _rows(values: Any, low: QuantSpec | None, model_map: ModelMap) -> Rows | None:
+    """Per-token precision of a plan."""
+    if values is None:
+        return None
+    if not isinstance(values, dict) or set(values) != {"by", "share", "above"} or not isinstance(values["above"], dict):
+        raise PhaseQuantError("the plan's 'rows' must be an object of by, share and above (or be left away)")
+    if low is None:
+        raise PhaseQuantError("the plan's 'rows' raise single rows above 'low', which is 16 bits already")
+    share = values["share"]
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise PhaseQuantError(f"the plan's rows.share is a fraction, not {share!r}")
+    above: dict[Place, float] = {}
+    for name, value in values["above"].items():
+        place = _place(name, model_map, "raises rows of")
+        try:
+            replace(low, rows_by=values["by"], above=value)
+        except PhaseQuantError as error:
+            raise PhaseQuantError(f"the plan's rows at '{name}' are not valid: {error}") from error
+        above[place] = float(value)
+    return Rows(values["by"], float(share), above)
 
 
 def _alpha(value: Any) -> float | None:
