@@ -101,7 +101,7 @@ def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
             escape(row["name"]),
             f"{row['ppl']:.3f}" if row["ppl"] is not None else "–",
             f"{row['kl']:.4f}" if row["kl"] is not None else "–",
-            f"{100 * row['a8_share']:.1f}" + (f" + {100 * rows:.1f} of rows" if (rows := row.get("row_share")) else ""),
+            f"{100 * row['a8_share']:.1f}" + (f" + {100 * single:.1f} of rows" if (single := row.get("row_share")) else ""),
             f"{row['weight_bytes'] / 2**20:.1f}",
             f"{row['kv_bytes_per_token']:,}",
         )
