@@ -149,6 +149,9 @@ class PolishedNorm:
         after = stored_gain(before * self.log_gain.exp().to(before), self.kind, stored)
         set_gain(self.norm, self.kind, after)
         scale_bias(self.norm, self.log_gain.exp().double())
+        bias = getattr(self.norm, "bias", None)
+        if bias is not None:
+            bias.data = bias.data.to(stored).to(bias.dtype)
 
 
 @dataclass

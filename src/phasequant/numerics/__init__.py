@@ -16,13 +16,12 @@ from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
 from phasequant.numerics.procrustes import polar, procrustes_step
 from phasequant.numerics.rows import measure_rows, row_measure, wide_rows
-from phasequant.numerics.spec import QuantSpec, RowRule
+from phasequant.numerics.spec import QuantSpec
 from phasequant.numerics.straight_through import straight_through
 
 __all__ = [
     "LinearMap",
     "QuantSpec",
-    "RowRule",
     "apply_map",
     "codes_type",
     "dequantize",

@@ -12,7 +12,7 @@ from typing import Any
 from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.nn import Activations
-from phasequant.numerics import QuantSpec, RowRule
+from phasequant.numerics import QuantSpec
 
 KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised", "clips", "alpha", "rows")
 
@@ -30,7 +30,7 @@ class Rows:
     """Per-token precision of the low grid: by which measure single rows read 8 bits, from where on in each group, and
     the share of them on the calibration text."""
 
-    by: RowRule
+    by: str
     share: float
     above: Mapping[Place, float]
 
@@ -192,7 +192,7 @@ def _rows(values: Any, low: QuantSpec | None, model_map: ModelMap) -> Rows | Non
         except PhaseQuantError as error:
             raise PhaseQuantError(f"the plan's rows at '{name}' are not valid: {error}") from error
         above[place] = float(value)
-    return Rows(values["by"], float(share), above)
+    return Rows(str(values["by"]), float(share), above)
 
 
 def _alpha(value: Any) -> float | None:
