@@ -19,7 +19,7 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from phasequant import pipeline
+from phasequant import pipeline, planning
 from phasequant import text as texts
 from phasequant.evaluate import score
 from phasequant.plan import Seen, choices, make_plan
@@ -71,8 +71,9 @@ def one(recipe: Recipe, given: argparse.Namespace, found: dict, path: Path) -> N
     seen = made.observations[-1]
     grids = choices(budget, low)
     ask = Ask(
-        work.map, seen, low, grids, False, Runs(work.model, tokens[: given.tokens // length, :length], work.compute)
-    )
+        work.map, seen, low, grids, False, Runs(work.model, tokens[: given.tokens // length, :length], work.compute),
+        planning.clips_of(made, budget),
+    )  # fmt: skip
     if "truth" not in found:
         truth = MEASURES["kl"](replace(ask, runs=Runs(work.model, held_out, work.compute)))
         found["truth"] = truth.to_dict()
@@ -111,6 +112,8 @@ def one(recipe: Recipe, given: argparse.Namespace, found: dict, path: Path) -> N
         if name in found.setdefault("plans", {}):
             continue
         fresh = replace(source, model=copy.deepcopy(source.model))
+        if plan.low is not None and plan.low.bits == low.bits:
+            plan = planning.with_searched_clips(plan, made, budget)
         run = pipeline.run(fresh, recipe.with_("policy.name=uniform"), plan)
         scores, original = score({"it": run.model}, chunks, source.model)
         assert original is not None

@@ -10,7 +10,7 @@ All vectors are rows: a linear is y = x·Wᵀ with W (O, I), a rotation x → x�
 Importing the package registers the quantization method `phasequant` with Transformers.
 """
 
-from phasequant.api import Analysis, analyze, chat, evaluate, quantize
+from phasequant.api import Analysis, analyze, bench_linears, chat, evaluate, quantize
 from phasequant.checkpoint import load, register
 from phasequant.errors import PhaseQuantError
 from phasequant.pipeline import Quantized
@@ -28,6 +28,7 @@ __all__ = [
     "Quantized",
     "Recipe",
     "analyze",
+    "bench_linears",
     "chat",
     "evaluate",
     "load",

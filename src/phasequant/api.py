@@ -24,13 +24,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from phasequant import pipeline
 from phasequant import text as texts
 from phasequant.arch import ModelMap
+from phasequant.bench import time_linears
 from phasequant.checkpoint import check_target, manifest, new_folder, read_plan, versions
 from phasequant.console import note, warn
 from phasequant.errors import PhaseQuantError
 from phasequant.evaluate import Score, score, weight_bytes
 from phasequant.nn import kv_bytes_per_token, prefix_tokens, quant_linears
+from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
 from phasequant.plan import POLICIES, PrecisionPlan, Seen, make_plan, thresholds
+from phasequant.plan.prices import NOISE
 from phasequant.recipe import Recipe
 from phasequant.report import is_report, write_page
 from phasequant.source import Source, open_model, wrap
@@ -358,3 +361,38 @@ def chat(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, streamer=printer
     )
     return words.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def bench_linears(
+    model: Model,
+    recipe: Recipe | str | Path = "quarot",
+    *,
+    overrides: Iterable[str] = (),
+    tokens: int = 2048,
+    bits: Iterable[int] = (4, 8, 16),
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Microseconds of every group's linears on this device, by the bits of their input; and what to make of them."""
+    source = as_source(model, device)
+    wanted = as_recipe(recipe, overrides)
+    low = wanted.activations.spec() or QuantSpec()
+    widths = sorted(set(bits))
+    wrong = [width for width in widths if width != 16 and not 2 <= width <= 8]
+    if wrong or not widths:
+        raise PhaseQuantError(f"inputs have 2 to 8 bits, or 16: not {wrong[0] if wrong else 'none'}")
+    if not low.is_int:
+        raise PhaseQuantError(f"inputs of {low.kind} have no other number of bits: bench an integer recipe")
+    grids = [None if width == 16 else replace(low.dynamic, bits=width, clip=1.0) for width in widths]
+    found = time_linears(source.map, wanted.weights.spec(), grids, source.compute, tokens)
+    by_bits = {width: sum(one.microseconds for one in found if one.bits == width) for width in widths}
+    says = "; ".join(f"a block's linears at {width} bits: {total:,.0f} µs" for width, total in by_bits.items())
+    if {4, 8} <= set(widths) and by_bits[8] <= (1 + NOISE) * by_bits[4]:
+        says += ". 8-bit inputs cost nothing over 4-bit ones on this device: W4A8 is free here (activations.bits=8)"
+    return {
+        "model": source.name,
+        "device": str(source.compute),
+        "tokens": tokens,
+        "linears": [one.to_dict() for one in found],
+        "says": says,
+        "versions": versions(),
+    }

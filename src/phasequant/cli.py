@@ -101,7 +101,8 @@ def table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
             escape(row["name"]),
             f"{row['ppl']:.3f}" if row["ppl"] is not None else "–",
             f"{row['kl']:.4f}" if row["kl"] is not None else "–",
-            f"{100 * row['a8_share']:.1f}" + (f" + {100 * single:.1f} of rows" if (single := row.get("row_share")) else ""),
+            f"{100 * row['a8_share']:.1f}"
+            + (f" + {100 * single:.1f} of rows" if (single := row.get("row_share")) else ""),
             f"{row['weight_bytes'] / 2**20:.1f}",
             f"{row['kv_bytes_per_token']:,}",
         )
@@ -285,6 +286,37 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    model: Model = "demo",
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="whose grids of weights and activations")] = "quarot",
+    sets: Sets = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="rows a call")] = 2048,
+    bits: Annotated[str, typer.Option("--bits", help="bits of the inputs, with commas between")] = "4,8,16",
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time the linears of one block on this device, by group and bits of their input."""
+    import phasequant
+
+    set_quiet(quiet)
+    result = phasequant.bench_linears(
+        model, recipe, overrides=sets or [], tokens=tokens, bits=_whole(bits), device=device
+    )
+    title = f"{result['model']} on {result['device']}: microseconds for {tokens} rows, median"
+    shown = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    widths = sorted({row["bits"] for row in result["linears"]})
+    for column in ("group", *(f"{width}-bit input" for width in widths)):
+        shown.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
+    for group in dict.fromkeys(row["group"] for row in result["linears"]):
+        cells = {row["bits"]: row for row in result["linears"] if row["group"] == group}
+        shown.add_row(group, *(f"{cells[w]['microseconds']:,.0f} ({cells[w]['kernel']})" for w in widths))
+    out.print(shown)
+    note(result["says"])
+    _emit(result, as_json)
+
+
+@app.command()
 def compare(
     model: Model,
     recipes: Annotated[str, typer.Option("--recipes", help="presets or YAML files, with commas between")],
@@ -326,6 +358,13 @@ def compare(
 
 def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _whole(numbers: str) -> list[int]:
+    wrong = [text for text in _listed(numbers) if not text.isdecimal()]
+    if wrong:
+        raise PhaseQuantError(f"'{wrong[0]}' is not a whole number: give them with commas between, as in 4,8,16")
+    return [int(text) for text in _listed(numbers)]
 
 
 def comparison_table(result: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ from statistics import fmean
 
 from phasequant import isolate, observe
 from phasequant.arch import Place
+from phasequant.bench import time_linears
 from phasequant.console import note
 from phasequant.evaluate import streamed_perplexity
 from phasequant.nn import (
@@ -21,7 +22,7 @@ from phasequant.plan import (
     better,
     choices,
     make_plan,
-    price,
+    prices,
     sensitivity,
 )
 from phasequant.preparing import Transformed, calibration_tokens
@@ -37,12 +38,27 @@ def seen_of(transformed: Transformed, recipe: Recipe | None = None) -> Seen | No
     if not transformed.observations:
         return None
     recipe = recipe or transformed.recipe
+    timings = _timings(transformed, recipe)
     ask = _ask(transformed, recipe) if recipe.policy.score in RUNS_MODEL else None
     if ask is None:
-        return Seen(*transformed.observations)
+        return Seen(*transformed.observations, timings=timings)
     found = MEASURES[recipe.policy.score](ask)
     note(f"sensitivity ({found.name}): {found.seconds:.0f} s on {ask.run.tokens.numel()} tokens")
-    return Seen(*transformed.observations, sensitivity=found)
+    return Seen(*transformed.observations, sensitivity=found, timings=timings)
+
+
+def _timings(transformed: Transformed, recipe: Recipe) -> Mapping[str, Mapping[int, float]] | None:
+    """Group → bits → microseconds on this device, where the recipe prices by time."""
+    policy, low = recipe.policy, recipe.activations.spec()
+    if policy.name != "budget" or policy.price != "microseconds" or low is None:
+        return None
+    grids = (low.dynamic, *(spec and spec.dynamic for spec in choices(recipe, low)))
+    source = transformed.source
+    found: dict[str, dict[int, float]] = {}
+    for one in time_linears(source.map, recipe.weights.spec(), grids, source.compute):
+        found.setdefault(one.group, {})[one.bits] = one.microseconds
+        note(f"price: {one.group} at {one.bits} bits takes {one.microseconds:.0f} µs ({one.kernel}, {one.tokens} rows)")
+    return found
 
 
 def _ask(transformed: Transformed, recipe: Recipe) -> Ask | None:
@@ -105,13 +121,14 @@ def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen
         return measure({p: ask.at(p, grids[b]) if b in grids else plan.spec(*p) for p, b in bits.items()})
 
     begin = {place: bits_of(plan.spec(*place)) for place in ask.places}
-    others = sum(price(policy, model_map, p, low.bits, b) for p, b in begin.items() if b not in grids)
+    price = prices(recipe, model_map, seen, low)
+    others = sum(price.of(p, b) for p, b in begin.items() if b not in grids)
     terms = Terms(
         low.bits,
         top,
         gain={place: found.gain(place, low.bits, top) for place in ask.places},
-        price={place: price(policy, model_map, place, low.bits, top) for place in ask.places},
-        budget=policy.a8_share * model_map.macs_total - others,
+        price={place: price.of(place, top) for place in ask.places},
+        budget=price.budget - others,
     )
     made = better(begin, terms, measured, policy.swaps)
     note(f"swaps: {len(made.exchanged)} of {made.tries} kept, KL {made.before:.4f} → {made.after:.4f} nats a token")

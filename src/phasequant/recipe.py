@@ -301,19 +301,22 @@ class PolicyPart(_Part):
         "auto", description="their grid: int (auto where activations are), or fp8 (auto where activations are fp4)"
     )
     clip: Fraction = Field(1.0, description="clip of raised groups, which have codes to spare for the largest values")
-    score: Literal["noise", "gsr", "ratio", "jr_snr", "local", "fisher", "kl", "kl_alone"] = Field(
+    score: Literal["noise", "gsr", "ratio", "jr_snr", "local", "fisher", "gradient", "kl", "kl_alone"] = Field(
         "noise",
         description="budget: how harm is measured: noise in the residual stream; gsr; ratio (QFeM); jr_snr "
-        "(DynamicPTQ); local output error; fisher (one backward pass); kl of the model, raised from all-low or alone",
+        "(DynamicPTQ); local output error; fisher (one backward pass, in 16 bits); gradient (of KL, all low); kl of "
+        "the model, raised from all-low or alone",
     )
     choices: tuple[Literal[5, 6, 7, 8, 16], ...] = Field(
         (), description="budget: what groups may be raised to; empty: policy.bits alone"
     )
-    price: Literal["macs", "bits"] = Field(
-        "macs", description="budget: a raised group costs its multiply-adds, or those times its bits above the low grid"
+    price: Literal["macs", "bits", "bytes", "microseconds"] = Field(
+        "macs",
+        description="budget: what a raised group costs: its multiply-adds; those times its bits above the low grid; "
+        "the bytes of its input; the time its linears take longer on this device",
     )
     tokens: Annotated[int, Field(ge=2)] = Field(
-        1024, description="budget: calibration tokens for scores that run the model (local, fisher, kl)"
+        1024, description="budget: calibration tokens for scores that run the model (local, fisher, gradient, kl)"
     )
     swaps: Annotated[int, Field(ge=0)] = Field(
         0, description="budget: exchanges of groups tried on the model's measured KL, to better the plan"

@@ -1,8 +1,9 @@
 """Plans: policies turn observations into the bits that every group reads."""
 
-from phasequant.plan.budget import choices, price, sensitivity
+from phasequant.plan.budget import choices, prices, sensitivity
 from phasequant.plan.policies import NEEDS_NOISE, NEEDS_OBSERVATIONS, POLICIES, make_plan, thresholds
 from phasequant.plan.precision import PrecisionPlan, Raised, Rows
+from phasequant.plan.prices import Prices
 from phasequant.plan.seen import Seen
 from phasequant.plan.swaps import Terms, better
 from phasequant.sensitivity.closed import LOW
@@ -13,6 +14,7 @@ __all__ = [
     "NEEDS_OBSERVATIONS",
     "POLICIES",
     "PrecisionPlan",
+    "Prices",
     "Raised",
     "Rows",
     "Seen",
@@ -20,7 +22,7 @@ __all__ = [
     "better",
     "choices",
     "make_plan",
-    "price",
+    "prices",
     "sensitivity",
     "thresholds",
 ]

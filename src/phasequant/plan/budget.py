@@ -1,15 +1,8 @@
 r"""Spending a budget of 8-bit (or other) activations where they buy most.
 
-    minimize Σ harm(place, bits)   subject to   Σ price(place, bits) ≤ a8_share · all multiply-adds       (`knapsack`)
+    minimize Σ harm(place, bits)   subject to   Σ price(place, bits) ≤ a8_share · price of raising all    (`knapsack`)
 
-harm is a sensitivity (`policy.score`). What raising a group costs is `policy.price`:
-
-    macs     its multiply-adds, whatever it is raised to: what the A8 share counts, and what hardware with 4- and 8-bit
-             units pays
-    bits     its multiply-adds times (bits - low) / (8 - low): so that 5 to 7 bits are cheaper than 8
-
-On Hopper, whose 4-bit codes travel in 8-bit lanes, raising a group costs nothing in the product at all: take W4A8 there
-(the recipe `quarot-w4a8`, or any with `activations.bits=8`).
+harm is a sensitivity (`policy.score`); what raising a group costs is `policy.price` (`prices`).
 """
 
 from collections.abc import Mapping
@@ -19,8 +12,9 @@ from phasequant.arch import ModelMap, Place
 from phasequant.numerics import QuantSpec
 from phasequant.plan.knapsack import solve
 from phasequant.plan.precision import Raised
+from phasequant.plan.prices import Prices
 from phasequant.plan.seen import Seen
-from phasequant.recipe import PolicyPart, Recipe
+from phasequant.recipe import Recipe
 from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, Sensitivity, bits_of
 
 
@@ -42,12 +36,10 @@ def choices(recipe: Recipe, low: QuantSpec) -> tuple[QuantSpec | None, ...]:
     return tuple(high_grid(recipe, low, bits) for bits in policy.choices or (policy.bits,))
 
 
-def price(policy: PolicyPart, model_map: ModelMap, place: Place, low: int, bits: int) -> float:
-    """What a group costs at `bits`, in multiply-adds; 0 at the low grid."""
-    macs = model_map.macs(place[1])
-    if bits == low:
-        return 0.0
-    return float(macs) if policy.price == "macs" else macs * (bits - low) / (8 - low)
+def prices(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> Prices:
+    """What raising a group costs by the recipe."""
+    bits = [bits_of(spec) for spec in choices(recipe, low)]
+    return Prices(recipe.policy, model_map, low.bits, bits, seen.timings)
 
 
 def sensitivity(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> Sensitivity:
@@ -62,16 +54,17 @@ def sensitivity(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec)
 
 def spend(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> dict[Place, Raised]:
     """The groups that are raised, with the reason."""
-    policy = recipe.policy
     found = sensitivity(recipe, model_map, seen, low)
-    prices: Mapping[Place, Mapping[int, float]] = {
-        place: {bits: price(policy, model_map, place, low.bits, bits) for bits in by}
-        for place, by in found.harm.items()
+    price = prices(recipe, model_map, seen, low)
+    table: Mapping[Place, Mapping[int, float]] = {
+        place: {bits: price.of(place, bits) for bits in by} for place, by in found.harm.items()
     }
-    chosen = solve(found.harm, prices, policy.a8_share * model_map.macs_total)
+    chosen = solve(found.harm, table, price.budget)
     grids = {bits_of(spec): spec for spec in choices(recipe, low)}
-    worth = {place: max((found.gain(place, low.bits, bits) / prices[place][bits] for bits in grids), default=0.0)
-             for place in found.harm}  # fmt: skip
+    worth = {
+        place: max((found.gain(place, low.bits, bits) / max(table[place][bits], 1e-30) for bits in grids), default=0.0)
+        for place in found.harm
+    }
     order = sorted(worth, key=lambda place: -worth[place])
     return {
         place: Raised(grids[chosen[place]], _why(found, place, rank, len(order), low.bits, chosen[place], model_map))
@@ -81,7 +74,8 @@ def spend(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> di
 
 
 UNITS = {"noise": "noise in the residual stream", "kl": "nats a token of KL", "kl_alone": "nats a token of KL",
-         "fisher": "nats a token by the Fisher form", "local": "error of its output"}  # fmt: skip
+         "fisher": "nats a token by the Fisher form",
+         "gradient": "nats a token of KL, to first order", "local": "error of its output"}  # fmt: skip
 
 
 def _why(found: Sensitivity, place: Place, rank: int, of: int, low: int, bits: int, model_map: ModelMap) -> str:

@@ -3,6 +3,7 @@
 from phasequant.sensitivity.closed import gsr, jr_snr, noise, ratio
 from phasequant.sensitivity.contract import Ask, Runs, Sensitivity, bits_of
 from phasequant.sensitivity.fisher import fisher
+from phasequant.sensitivity.gradient import gradient
 from phasequant.sensitivity.kl import PlanDivergence, kl, kl_alone
 from phasequant.sensitivity.local import local
 
@@ -13,12 +14,13 @@ MEASURES = {
     "jr_snr": jr_snr,
     "local": local,
     "fisher": fisher,
+    "gradient": gradient,
     "kl": kl,
     "kl_alone": kl_alone,
 }
 """Name in the recipe → measure."""
 
-RUNS_MODEL = frozenset({"local", "fisher", "kl", "kl_alone"})
+RUNS_MODEL = frozenset({"local", "fisher", "gradient", "kl", "kl_alone"})
 """Those that run the model; the others are read off a sweep."""
 
 __all__ = ["MEASURES", "RUNS_MODEL", "Ask", "PlanDivergence", "Runs", "Sensitivity", "bits_of"]
