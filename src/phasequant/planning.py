@@ -27,7 +27,7 @@ from phasequant.plan import (
 )
 from phasequant.preparing import Transformed, calibration_tokens
 from phasequant.recipe import Recipe
-from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, PlanDivergence, Runs, bits_of
+from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, PlanDivergence, Runs, bits_of, measured_gains
 from phasequant.source import Source
 
 CLIP_TOKENS = 2048
@@ -103,7 +103,24 @@ def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen |
     plan = make_plan(recipe, transformed.source.map, seen)
     if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
         plan = _swapped(plan, transformed, recipe, seen)
-    return with_rows(with_searched_clips(with_excluded(plan, transformed), transformed, recipe), transformed, recipe)
+    plan = with_searched_clips(with_excluded(plan, transformed), transformed, recipe)
+    if recipe.policy.name == "budget" and recipe.policy.measured:
+        plan = with_measured_gains(plan, transformed, recipe)
+    return with_rows(plan, transformed, recipe)
+
+
+def with_measured_gains(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe) -> PrecisionPlan:
+    """The plan, every raised group with the KL that it saves there: by how much the model's would rise without it."""
+    ask = _ask(transformed, recipe)
+    if ask is None or not plan.raised:
+        return plan
+    total, gains = measured_gains(ask, plan.activations, tuple(plan.raised))
+    note(f"plan: KL {total:.4f} nats a token on {ask.run.tokens.numel()} tokens, of which activations are the cause")
+    raised = {
+        place: replace(entry, why=f"{entry.why}; measured in this plan: {gains[place]:.3g} nats a token of KL")
+        for place, entry in plan.raised.items()
+    }
+    return replace(plan, raised=raised)
 
 
 def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> PrecisionPlan:

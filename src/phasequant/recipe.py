@@ -318,6 +318,9 @@ class PolicyPart(_Part):
     tokens: Annotated[int, Field(ge=2)] = Field(
         1024, description="budget: calibration tokens for scores that run the model (local, fisher, gradient, kl)"
     )
+    measured: bool = Field(
+        False, description="budget: state for every raised group the KL that it saves in the plan (about a minute)"
+    )
     swaps: Annotated[int, Field(ge=0)] = Field(
         0, description="budget: exchanges of groups tried on the model's measured KL, to better the plan"
     )

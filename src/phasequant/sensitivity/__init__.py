@@ -4,7 +4,7 @@ from phasequant.sensitivity.closed import gsr, jr_snr, noise, ratio
 from phasequant.sensitivity.contract import Ask, Runs, Sensitivity, bits_of
 from phasequant.sensitivity.fisher import fisher
 from phasequant.sensitivity.gradient import gradient
-from phasequant.sensitivity.kl import PlanDivergence, kl, kl_alone
+from phasequant.sensitivity.kl import PlanDivergence, kl, kl_alone, measured_gains
 from phasequant.sensitivity.local import local
 
 MEASURES = {
@@ -23,4 +23,4 @@ MEASURES = {
 RUNS_MODEL = frozenset({"local", "fisher", "gradient", "kl", "kl_alone"})
 """Those that run the model; the others are read off a sweep."""
 
-__all__ = ["MEASURES", "RUNS_MODEL", "Ask", "PlanDivergence", "Runs", "Sensitivity", "bits_of"]
+__all__ = ["MEASURES", "RUNS_MODEL", "Ask", "PlanDivergence", "Runs", "Sensitivity", "bits_of", "measured_gains"]

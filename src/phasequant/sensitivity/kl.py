@@ -10,7 +10,7 @@ groups/2 forwards of the tokens, and the head once for each variant. Weights and
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -27,31 +27,35 @@ from phasequant.stream import BlockStream, resident
 
 ROWS = 4096  # tokens through a block at once
 HEAD_ROWS = 256
+COMMON = None, 0
 Key = tuple[Place | None, int]
-"""Which group differs, and the bits that it reads; None: the common state of all."""
+"""Which group differs, and the bits that it reads; `COMMON`: the state of all."""
+
+Others = Mapping[Place, Sequence[QuantSpec | None]]
+"""What single groups are put on instead."""
 
 
 @torch.no_grad()
-def divergences(ask: Ask, common: QuantSpec | None, others: Sequence[QuantSpec | None], title: str) -> dict[Key, float]:
-    """Mean KL in nats a token of: all groups on `common`, and each group alone on each of `others`."""
-    states: dict[Key, list[Tensor]] = {}
+def divergences(ask: Ask, common: Activations, others: Others, title: str) -> dict[Key, float]:
+    """Mean KL in nats a token of: all groups on their grids in `common`, and each group of `others` alone on each of
+    its grids there."""
     with in_16_bits(ask.run.model):
         stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device)
-        states[None, bits_of(common)] = list(stream.hidden)
+        states: dict[Key, list[Tensor]] = {COMMON: list(stream.hidden)}
         for step in stream.steps(f"sensitivity ({title})"):
             arguments = stream.arguments[step.index]
-            begins = states[None, bits_of(common)]
+            begins = states[COMMON]
             with ExitStack() as stack:
                 for group in ask.map.groups:
-                    own = ask.at((step.index, group.name), common)
-                    stack.enter_context(reading(step.block, group.linears, own))
+                    own = common[step.index, group.name]
+                    stack.enter_context(reading(step.block, group.linears, own and own.dynamic))
                 flat = iter(
                     _through(step.block, [r for rows in states.values() for r in rows], arguments, ask.run.device)
                 )
                 made = {key: [next(flat) for _ in rows] for key, rows in states.items()}
                 for group in ask.map.groups:
-                    for spec in others:
-                        with reading(step.block, group.linears, ask.at((step.index, group.name), spec)):
+                    for spec in others.get((step.index, group.name), ()):
+                        with reading(step.block, group.linears, spec and spec.dynamic):
                             found = _through(step.block, begins, arguments, ask.run.device)
                         made[(step.index, group.name), bits_of(spec)] = found
             states = made
@@ -100,8 +104,9 @@ def _against_16_bits(ask: Ask, exact: list[Tensor], states: dict[Key, list[Tenso
 def kl(ask: Ask) -> Sensitivity:
     """Raised from all-low."""
     begun = time.monotonic()
-    found = divergences(ask, ask.low, ask.choices, "kl")
-    base = found[None, ask.low.bits]
+    low = {place: ask.at(place, ask.low) for place in ask.places}
+    found = divergences(ask, low, {place: [ask.at(place, c) for c in ask.choices] for place in ask.places}, "kl")
+    base = found[COMMON]
     harm: Harm = {
         place: {ask.low.bits: base, **{bits_of(c): found[place, bits_of(c)] for c in ask.choices}}
         for place in ask.places
@@ -115,12 +120,20 @@ def kl_alone(ask: Ask) -> Sensitivity:
     """Lowered from 16 bits."""
     begun = time.monotonic()
     specs = [spec for spec in (ask.low, *ask.choices) if spec is not None]
-    found = divergences(ask, None, specs, "kl, alone")
+    others = {place: [ask.at(place, spec) for spec in specs] for place in ask.places}
+    found = divergences(ask, dict.fromkeys(ask.places), others, "kl, alone")
     harm = {
         place: {bits_of(s): 0.0 if s is None else found[place, s.bits] for s in (ask.low, *ask.choices)}
         for place in ask.places
     }
     return Sensitivity("kl_alone", harm, time.monotonic() - begun, {})
+
+
+def measured_gains(ask: Ask, activations: Activations, raised: Collection[Place]) -> tuple[float, dict[Place, float]]:
+    """KL of the model under a plan, and for each of its raised groups by how much it would be higher if this group
+    alone read the low grid: what its 8 bits buy in the plan, not in theory."""
+    found = divergences(ask, activations, {place: [ask.at(place, ask.low)] for place in raised}, "gains")
+    return found[COMMON], {place: found[place, ask.low.bits] - found[COMMON] for place in raised}
 
 
 class PlanDivergence:
@@ -144,5 +157,4 @@ class PlanDivergence:
         grids = {place: spec and spec.dynamic for place, spec in activations.items()}
         with in_16_bits(self.ask.run.model):
             set_activations(self.ask.run.model, self.ask.map, grids)
-            states: dict[Key, list[Tensor]] = {(None, 0): self._states("plan")}
-            return _against_16_bits(self.ask, self._exact, states)[None, 0]
+            return _against_16_bits(self.ask, self._exact, {COMMON: self._states("plan")})[COMMON]
