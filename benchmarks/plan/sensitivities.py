@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--swaps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", "-o", type=Path, default=Path("runs/plan"))
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
@@ -108,6 +109,9 @@ def one(recipe: Recipe, given: argparse.Namespace, found: dict, path: Path) -> N
     if "kl" in kept and given.swaps:
         wanted = budget.with_("policy.score=kl", policy={"a8_share": share, "swaps": given.swaps})
         plans["kl + swaps"] = pipeline.planned(made, wanted, Seen(seen, sensitivity=kept["kl"]))
+    if "gradient" in kept and given.rounds > 1:
+        wanted = budget.with_("policy.score=gradient", policy={"a8_share": share, "rounds": given.rounds})
+        plans[f"gradient x {given.rounds}"] = pipeline.planned(made, wanted, Seen(seen, sensitivity=kept["gradient"]))
     for name, plan in plans.items():
         if name in found.setdefault("plans", {}):
             continue

@@ -27,7 +27,16 @@ from phasequant.plan import (
 )
 from phasequant.preparing import Transformed, calibration_tokens
 from phasequant.recipe import Recipe
-from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, PlanDivergence, Runs, bits_of, measured_gains
+from phasequant.sensitivity import (
+    MEASURES,
+    RUNS_MODEL,
+    Ask,
+    PlanDivergence,
+    Runs,
+    Sensitivity,
+    bits_of,
+    measured_gains,
+)
 from phasequant.source import Source
 
 CLIP_TOKENS = 2048
@@ -101,6 +110,8 @@ def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen |
     recipe = recipe or transformed.recipe
     seen = seen or seen_of(transformed, recipe)
     plan = make_plan(recipe, transformed.source.map, seen)
+    if recipe.policy.name == "budget" and recipe.policy.score == "gradient" and seen is not None:
+        plan, seen = _again(plan, transformed, recipe, seen)
     if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
         plan = _swapped(plan, transformed, recipe, seen)
     plan = with_searched_clips(with_excluded(plan, transformed), transformed, recipe)
@@ -121,6 +132,24 @@ def with_measured_gains(plan: PrecisionPlan, transformed: Transformed, recipe: R
         for place, entry in plan.raised.items()
     }
     return replace(plan, raised=raised)
+
+
+def _again(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> tuple[PrecisionPlan, Seen]:
+    """The plan by the mean of the gradients at all-low and under each plan that they led to, for all rounds."""
+    ask, first = _ask(transformed, recipe), seen.sensitivity
+    assert ask is not None and first is not None
+    others: list[Sensitivity] = []
+    for _ in range(recipe.policy.rounds - 1):
+        clipped = with_searched_clips(plan, transformed, recipe)
+        others.append(MEASURES["gradient"](replace(ask, plan=clipped.activations)))
+        seen = seen.measured(first.mean(others))
+        after = make_plan(recipe, plan.model, seen)
+        note(
+            f"gradient: KL {first.notes['kl']:.4f} at all-low, {others[-1].notes['kl']:.4f} under the plan; "
+            f"{len(set(after.raised) - set(plan.raised))} groups exchanged"
+        )
+        plan = after
+    return plan, seen
 
 
 def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> PrecisionPlan:

@@ -1,12 +1,13 @@
-r"""Gradient of the model's KL in the noise of each group, at all-low:
+r"""Gradient of the model's KL in the noise of each group, under a plan (all-low at first):
 
-    harm(g, b) = Σ_t ⟨ ∂KL/∂y_t , W·(Q_b(x_t) - x_t) ⟩        ∂KL/∂y where every group reads y = W·Q_low(x)
+    harm(g, b) = Σ_t ⟨ ∂KL/∂y_t , W·(Q_b(x_t) - x_t) ⟩        ∂KL/∂y where every group reads y = W·Q_plan(x)
 
 KL is to the 16-bit model, on calibration tokens, rounding passed straight through. Where `fisher` weighs each group's
 noise as if it were alone, this is taken where all the others round too, so what noises have in common counts; and
 where `kl` takes a difference of two runs of a model that answers a flipped code with another one, a gradient does not
-see such chaos. To first order it is what raising a group wins. Costs, for the tokens, two forward passes and one
-backward; memory as `fisher`.
+see such chaos. To first order it is what raising a group wins; the mean of the gradients at all-low and under the plan
+that they led to (`policy.rounds: 2`) is right to second order, as a trapezoid is. Costs, for the tokens, two forward
+passes and one backward; memory as `fisher`.
 """
 
 import time
@@ -21,21 +22,20 @@ from phasequant.numerics import QuantSpec, fake_quantize
 from phasequant.sensitivity.contract import Ask, Sensitivity, bits_of
 
 
-def _noisy(linear: QuantLinear, low: QuantSpec, grids: list[QuantSpec], sums: dict[int, float]) -> Any:
-    """Have a linear read the low grid, and add ⟨∂KL/∂y, noise⟩ of every grid to `sums` when the gradient comes."""
+def _noisy(linear: QuantLinear, now: QuantSpec | None, grids: list[QuantSpec], sums: dict[int, float]) -> Any:
+    """Have a linear read the grid `now`, and add ⟨∂KL/∂y, noise⟩ of every grid to `sums` when the gradient comes."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         x = linear.prepare(args[0].detach())
         weight = linear.dense_weight().to(x)
         shifts = {spec.bits: (fake_quantize(x, spec) - x) @ weight.T for spec in grids}
-        noisy = y + shifts[low.bits]
+        noisy = y.clone() if now is None else y + (fake_quantize(x, now) - x) @ weight.T
 
         def arrived(grad: Tensor) -> None:
             for bits, shift in shifts.items():
                 sums[bits] += float((grad * shift).sum())
 
-        if noisy.requires_grad:
-            noisy.register_hook(arrived)
+        noisy.register_hook(arrived)
         return noisy
 
     return linear.register_forward_hook(hook)
@@ -73,9 +73,8 @@ def gradient(ask: Ask) -> Sensitivity:
             linear = ask.run.model.get_submodule(name)
             assert isinstance(linear, QuantLinear)
             own = [found for spec in specs if (found := ask.at((block, group), spec))]
-            low = ask.at((block, group), ask.low)
-            assert low is not None
-            hooks.append(_noisy(linear, low, own, sums[block, group]))
+            now = ask.at((block, group), ask.low) if ask.plan is None else ask.plan[block, group]
+            hooks.append(_noisy(linear, now and now.dynamic, own, sums[block, group]))
         return hooks
 
     with in_16_bits(ask.run.model):
@@ -86,4 +85,4 @@ def gradient(ask: Ask) -> Sensitivity:
     for choice in ask.choices:
         for by in harm.values():
             by.setdefault(bits_of(choice), 0.0)
-    return Sensitivity("gradient", harm, time.monotonic() - begun, {"all_low": total / tokens})
+    return Sensitivity("gradient", harm, time.monotonic() - begun, {"kl": total / tokens})
