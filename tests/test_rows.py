@@ -10,7 +10,7 @@ import phasequant
 from phasequant.errors import PhaseQuantError
 from phasequant.kernels import KERNELS, LinearSpec, choose
 from phasequant.nn import QuantLinear, row_share
-from phasequant.numerics import QuantSpec, fake_quantize, grid, quantize, row_measure, straight_through, wide_rows
+from phasequant.numerics import QuantSpec, fake_quantize, quantize, row_measure, straight_through, wide_rows
 from phasequant.plan import PrecisionPlan
 from phasequant.recipe import Recipe
 

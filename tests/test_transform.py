@@ -583,3 +583,25 @@ def test_foreign_rotations_are_loaded_without_running_anything(tiny, ids, tmp_pa
 def test_recipes_that_do_not_fit_are_errors(sets, message):
     with pytest.raises(PhaseQuantError, match=message):
         Recipe.load("16bit", sets)
+
+
+@pytest.mark.parametrize("method", ["quarot", "frtq"])
+def test_heads_that_stay_apart_leave_nothing_online_before_o(method, tiny, text_file):
+    recipe = Recipe.from_dict(
+        {
+            "transform": {"method": method},
+            "rotation": {"heads": "apart", "iterations": 3, "preconditioning": 3},
+            "learning": {"sequences": 2, "seqlen": 32},
+            "calibration": {"text": str(text_file)},
+            "storage": {"dtype": "float32"},
+        }
+    )
+    source = tiny("llama")
+    ids = torch.randint(0, 256, (1, 20))
+    before = logits(source.model, ids)
+    run = phasequant.quantize(source, recipe)
+    online = {step["name"] for step in run.transform.describe(source.map) if step["where"] == "online"}
+    assert online == {"R3", "R4"} or online == {"R4"}
+    assert torch.allclose(logits(run.model, ids), before, atol=1e-4)
+    with pytest.raises(PhaseQuantError, match="decides that itself"):
+        Recipe.from_dict({"transform": {"method": "wush"}, "rotation": {"heads": "apart"}})

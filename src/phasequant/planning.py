@@ -112,6 +112,8 @@ def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen |
     plan = make_plan(recipe, transformed.source.map, seen)
     if recipe.policy.name == "budget" and recipe.policy.score == "gradient" and seen is not None:
         plan, seen = _again(plan, transformed, recipe, seen)
+    if recipe.policy.name == "budget" and recipe.policy.check and recipe.policy.score in RUNS_MODEL:
+        plan = _or_paper(plan, transformed, recipe, seen)
     if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
         plan = _swapped(plan, transformed, recipe, seen)
     plan = with_searched_clips(with_excluded(plan, transformed), transformed, recipe)
@@ -150,6 +152,27 @@ def _again(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: 
         )
         plan = after
     return plan, seen
+
+
+def _or_paper(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen | None) -> PrecisionPlan:
+    """The plan, or DynamicPTQ's fixed set where that keeps to the budget too and measures lower."""
+    ask, low = _ask(transformed, recipe), plan.low
+    assert ask is not None and low is not None and seen is not None
+    rival = make_plan(recipe.with_("policy.name=paper"), plan.model, None)
+    price = prices(recipe, plan.model, seen, low)
+    spent = sum(price.of(place, bits_of(entry.spec)) for place, entry in rival.raised.items())
+    if not rival.raised or spent > price.budget * (1 + 1e-9):
+        return plan
+    measure = PlanDivergence(ask)
+    ours, theirs = (measure(with_searched_clips(one, transformed, recipe).activations) for one in (plan, rival))
+    note(f"plan: KL {ours:.4f} nats a token by {recipe.policy.score}, {theirs:.4f} by DynamicPTQ's fixed set")
+    if ours <= theirs:
+        return plan
+    raised = {
+        place: Raised(e.spec, f"{e.why}: its KL is below that by {recipe.policy.score}")
+        for place, e in rival.raised.items()
+    }
+    return replace(plan, raised=raised)
 
 
 def _swapped(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> PrecisionPlan:

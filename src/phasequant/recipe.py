@@ -56,6 +56,11 @@ class RotationPart(_Part):
         description="folded: one rotation of the residual, in the weights, free; online: after every norm's gain, by "
         "two small products",
     )
+    heads: Literal["mixed", "apart"] = Field(
+        "mixed",
+        description="quarot, dfrot, frtq: heads mixed online before o, or apart: nothing runs there, and only R3, R4 "
+        "(and what rotation.where=online adds) are left online",
+    )
     block: Annotated[int, Field(ge=2)] | None = Field(
         None, description="quarot online: Hadamards of this order side by side, instead of one of the width (for fp4)"
     )
@@ -324,6 +329,11 @@ class PolicyPart(_Part):
     measured: bool = Field(
         False, description="budget: state for every raised group the KL that it saves in the plan (about a minute)"
     )
+    check: bool = Field(
+        True,
+        description="budget, by scores that run the model: measure the KL beside that of DynamicPTQ's fixed set, "
+        "where that keeps to the share, and take the lower",
+    )
     swaps: Annotated[int, Field(ge=0)] = Field(
         0, description="budget: exchanges of groups tried on the model's measured KL, to better the plan"
     )
@@ -487,6 +497,8 @@ class Recipe(_Part):
             raise ValueError(f"learning.loss={learning.loss} is of one block: spin learns by ce or kl")
         if self.rotation.where == "online" and method in ("none", "smooth", "os-plus", "load"):
             raise ValueError(f"rotation.where=online has no meaning with transform.method={method}: it does not choose")
+        if self.rotation.heads == "apart" and method not in ("quarot", "dfrot", "frtq"):
+            raise ValueError(f"rotation.heads=apart goes with quarot, dfrot and frtq; {method} decides that itself")
         if self.rotation.block is not None and (method, self.rotation.where) != ("quarot", "online"):
             raise ValueError("rotation.block goes with transform.method=quarot and rotation.where=online")
         if learning.optimizer == "adamw" and spin:

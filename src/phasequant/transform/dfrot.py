@@ -159,7 +159,7 @@ def fit_down(task: Task, samples: Samples, start: Transform, refine: Refine) -> 
 
 def dfrot(task: Task) -> Transform:
     """DFRot's rotations of a model."""
-    start = fixed_rotations(task.map, task.seed, task.rotation.where, "dfrot")
+    start = fixed_rotations(task.map, task.seed, task.rotation.where, "dfrot", task.rotation.heads)
     down = task.rotation.down == "learned"
     samples = sample(task, values=False, down=down)
 

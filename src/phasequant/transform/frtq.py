@@ -93,7 +93,7 @@ def _inner(task: Task, samples: Samples, start: Transform) -> Transform:
 def frtq(task: Task) -> Transform:
     """FRTQ's rotations of a model."""
     part = task.rotation
-    start = fixed_rotations(task.map, task.seed, part.where, "frtq")
+    start = fixed_rotations(task.map, task.seed, part.where, "frtq", part.heads)
     down = part.down == "learned"
     samples = sample(task, values=True, down=down)
 

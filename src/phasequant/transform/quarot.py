@@ -12,6 +12,8 @@ M ⊗ R2 over the whole width; before down R4 acts on the product of the MLP; R3
                      online   gains stay in the norms; a rotation of the model width runs after each: 2·D·(a + b)
                               multiply-adds a token and block more (D = a·b); R2 folded; online M, R3, R4
 
+    rotation.heads: apart    without M: o sees every head rotated by R2 alone; online only R3 and R4, which is
+                     what stock servers have kernels for
     rotation.block: B (online) Hadamards of order B side by side instead: B multiply-adds a value; nothing before o,
                      whose blocks are in R2. What MR-GPTQ (arXiv 2509.23202) does for FP4, whose scales span 16 or 32
 
@@ -32,8 +34,10 @@ from phasequant.numerics.hadamard import is_order
 from phasequant.transform.contract import BlockTransform, Task, Transform, check_folding
 
 
-def fixed_rotations(model_map: ModelMap, seed: int, where: str = "folded", method: str = "quarot") -> Transform:
-    """QuaRot's rotations for a model; also where the learned methods begin."""
+def fixed_rotations(
+    model_map: ModelMap, seed: int, where: str = "folded", method: str = "quarot", heads: str = "mixed"
+) -> Transform:
+    """QuaRot's rotations for a model; also where the learned methods begin. `heads`: mixed by M, or apart."""
     shape = model_map.shape
     folded = where == "folded"
     if folded:
@@ -43,7 +47,7 @@ def fixed_rotations(model_map: ModelMap, seed: int, where: str = "folded", metho
         qkv=reader,
         gate_up=reader,
         value=spreading_rotation(shape.d_head, seed, copies=shape.kv_heads) if model_map.family.value else None,
-        heads=spreading_mix(shape.heads, shape.d_head, seed) if shape.heads > 1 else None,
+        heads=spreading_mix(shape.heads, shape.d_head, seed) if shape.heads > 1 and heads == "mixed" else None,
         qk=spreading_rotation(shape.d_head, seed),
         down=spreading_rotation(shape.d_ffn, seed),
     )
@@ -77,4 +81,4 @@ def quarot(task: Task) -> Transform:
     """QuaRot."""
     if task.rotation.block is not None:
         return block_rotations(task.map, task.rotation.block)
-    return fixed_rotations(task.map, task.seed, task.rotation.where)
+    return fixed_rotations(task.map, task.seed, task.rotation.where, heads=task.rotation.heads)
