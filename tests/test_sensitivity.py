@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import where
 
 import phasequant
-from phasequant import pipeline
+from phasequant import pipeline, planning
 from phasequant.arch import GROUPS
 from phasequant.errors import PhaseQuantError
 from phasequant.evaluate import kl_divergence
@@ -15,7 +16,7 @@ from phasequant.nn import QuantLinear, quant_linears, set_activations
 from phasequant.numerics import QuantSpec, fake_quantize
 from phasequant.observe import search_clips
 from phasequant.observe.clips import RATIOS
-from phasequant.plan import Terms, better
+from phasequant.plan import PrecisionPlan, Prices, Terms, better
 from phasequant.plan.knapsack import solve
 from phasequant.recipe import Recipe
 from phasequant.sensitivity import MEASURES, Ask, PlanDivergence, Runs
@@ -296,3 +297,123 @@ def test_the_smallest_and_an_odd_model_are_planned(name, tiny, text_file):
 def test_policies_that_cannot_be_meant_are_refused(parts, message):
     with pytest.raises(PhaseQuantError, match=message):
         Recipe.from_dict({"activations": {"bits": 4}, **parts})
+
+
+def shared_budget(text, **policy) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "transform": {"method": "quarot"}, "weights": {"bits": 4}, "activations": {"bits": 4}, "kv": {"bits": 4},
+            "policy": {"name": "budget", "score": "gradient", "price": "bytes", "tokens": 128, "a8_share": 0.4,
+                       "allow": {"weights": [8], "kv": [8]}, "context": 64, **policy},
+            "calibration": {"text": str(text), "sequences": 2, "seqlen": 64},
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "opt", "gpt_neox"])
+def test_weights_and_kv_share_a_budget_in_bytes(name, tiny, text_file, tmp_path):
+    run = phasequant.quantize(tiny(name), shared_budget(text_file), overrides=where(name))
+    plan, shape = run.plan, run.map.shape
+    per = {group.name: run.map.width_in(group.name) * run.map.rows(group.name) / 2 for group in run.map.groups}
+    spent = sum(per[g] for _, g in plan.raised) + sum(run.map.macs(g) / 2 for _, g in plan.weights_raised)
+    kv = 2 * shape.kv_heads * shape.d_head * 64 / 2
+    spent += kv * len(plan.kv_raised)
+    whole = shape.blocks * (sum(per.values()) + sum(run.map.macs(g.name) / 2 for g in run.map.groups) + kv)
+    assert 0 < spent <= 0.4 * whole * (1 + 1e-6) and plan.weights_raised
+    for block, group, linear in run.map.linears():
+        expected = 8 if (block, group) in plan.weights_raised else 4
+        assert run.model.get_submodule(linear).weight_spec.bits == expected
+    again = PrecisionPlan.from_json(plan.to_json(), run.map)
+    assert again.weights_raised == plan.weights_raised and again.kv_raised == plan.kv_raised
+    run.save(tmp_path / "out")
+    tokens = torch.randint(0, 256, (1, 30))
+    with torch.no_grad():
+        assert torch.equal(run.model(tokens).logits, phasequant.load(tmp_path / "out")(tokens).logits)
+    given = phasequant.quantize(tiny(name), shared_budget(text_file), overrides=where(name), plan=again)
+    with torch.no_grad():
+        assert torch.equal(run.model(tokens).logits, given.model(tokens).logits)
+
+
+def test_kv_alone_may_be_raised(tiny, text_file, tmp_path):
+    recipe = shared_budget(text_file, allow={"kv": [8]}, a8_share=0.9, context=10**6)
+    run = phasequant.quantize(tiny("llama"), recipe)
+    assert run.plan.kv_raised and not run.plan.weights_raised
+    run.save(tmp_path / "out")
+    loaded = phasequant.load(tmp_path / "out")
+    bits = [module.kv_quantizer.layout.keys.bits for module in loaded.modules() if hasattr(module, "kv_quantizer")]
+    assert [b == 8 for b in bits] == [block in run.plan.kv_raised for block in run.map.blocks]
+
+
+def test_the_gradient_is_that_of_kl_in_how_much_of_each_noise_is_let_in(ask):
+    found = MEASURES["gradient"](ask)
+    model, shares, hooks = ask.run.model, {}, []
+    total = 0.0
+    for row in ask.run.tokens:
+        with torch.no_grad():
+            p = model(row[None], use_cache=False).logits[0].log_softmax(-1)
+        for block, group, name in ask.map.linears():
+            share = shares.setdefault((block, group), torch.ones((), requires_grad=True))
+
+            def add(module, args, y, share=share):
+                x = module.prepare(args[0].detach())
+                return y + share * ((fake_quantize(x, LOW) - x) @ module.dense_weight().T)
+
+            hooks.append(model.get_submodule(name).register_forward_hook(add))
+        with torch.enable_grad():
+            q = model(row[None], use_cache=False).logits[0].log_softmax(-1)
+            loss = (p.exp() * (p - q)).sum()
+            loss.backward()
+        total += float(loss)
+        for hook in hooks:
+            hook.remove()
+    tokens = ask.run.tokens.numel()
+    assert found.notes["kl"] == pytest.approx(total / tokens, rel=1e-4)
+    for place, share in shares.items():
+        assert found.harm[place][4] == pytest.approx(float(share.grad) / tokens, rel=1e-3, abs=1e-6)
+        assert found.harm[place][16] == 0
+
+
+def test_the_gradient_speaks_of_weights_and_kv_too(tiny, text_file):
+    recipe = shared_budget(text_file)
+    source = tiny("llama")
+    made = pipeline.observe_and_transform(source, recipe, raw=False, transformed=True, noise=False)
+    ask = planning._ask(made, recipe)
+    found = MEASURES["gradient"](ask)
+    assert {name for _, name in found.harm} == {"qkv", "o", "gate_up", "down", "kv", *(
+        f"weights:{g}" for g in ("qkv", "o", "gate_up", "down"))}  # fmt: skip
+    assert sum(found.harm[p][4] for p in found.harm) > 0
+    for place, by in found.harm.items():
+        assert abs(by[8]) <= max(0.35 * abs(by[4]), 2e-3), place  # 8 bits leave a sixteenth of the noise
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"price": "macs"}, "policy.price=bytes"),
+        ({"score": "fisher"}, "policy.score=gradient"),
+        ({"swaps": 3}, "policy.swaps=0"),
+    ],
+)
+def test_budgets_that_cannot_be_shared(policy, message, text_file):
+    with pytest.raises(PhaseQuantError, match=message):
+        shared_budget(text_file, **policy)
+
+
+@pytest.mark.parametrize("price", ["bytes", "microseconds"])
+def test_prices_other_than_multiply_adds(price, tiny, text_file):
+    recipe = shared_budget(text_file, price=price, allow={}, a8_share=0.3)
+    run = phasequant.quantize(tiny("llama"), recipe)
+    if price == "bytes":
+        width = {g.name: run.map.width_in(g.name) for g in run.map.groups}
+        assert sum(width[g] for _, g in run.plan.raised) <= 0.3 * 3 * sum(width.values()) * (1 + 1e-6)
+    assert run.plan.raised
+
+
+def test_time_is_a_price_only_where_it_is_more_than_noise(tiny):
+    source = tiny("llama")
+    policy = Recipe.from_dict({"policy": {"price": "microseconds", "a8_share": 0.5}}).policy
+    groups = [group.name for group in source.map.groups]
+    alike = Prices(policy, source.map, 4, [8], {g: {4: 100.0, 8: 101.0} for g in groups})
+    assert alike.budget == 0 and alike("qkv", 8) == 0
+    dear = Prices(policy, source.map, 4, [8], {g: {4: 100.0, 8: 190.0} for g in groups})
+    assert dear("qkv", 8) == 90 and dear.budget == pytest.approx(0.5 * 90 * len(groups) * source.map.shape.blocks)

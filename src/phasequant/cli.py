@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from phasequant.console import note, set_quiet, stderr
-from phasequant.errors import PhaseQuantError
+from phasequant.errors import PhaseQuantError, did_you_mean
 
 app = typer.Typer(
     add_completion=False,
@@ -30,6 +30,14 @@ RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="a preset
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key, as a.b=c")]
 Policy = Annotated[str | None, typer.Option("--policy", help="short for --set policy.name=…")]
 Share = Annotated[float | None, typer.Option("--a8-share", help="short for --set policy.a8_share=…")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="KIND=BITS",
+        help="let weights or kv share the budget, as in weights=4,8 or kv=4,8 (in bytes)",
+    ),
+]
 Calib = Annotated[str | None, typer.Option("--calib", help="text to calibrate on: short for --set calibration.text=…")]
 Seed = Annotated[int | None, typer.Option("--seed", help="short for --set seed=…")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan to follow, as written by analyze or quantize")]
@@ -52,12 +60,25 @@ def _overrides(
     calib: str | None,
     seed: int | None,
     plan: Path | None = None,
+    allow: list[str] | None = None,
 ) -> list[str]:
     """The short options as overrides, before those of `--set`. A share asks for the policy that spends it."""
+    shared = [word for text in allow or [] for word in text.split()]
+    if plan is not None and shared:
+        raise PhaseQuantError("--plan decides the bits of weights and KV too: leave --allow away")
     if plan is not None and (policy is not None or share is not None):
         raise PhaseQuantError("--plan decides every group's bits: leave --policy and --a8-share away")
     if share is not None and policy is None and not any(s.startswith("policy.name=") for s in sets or []):
         policy = "budget"
+    for word in shared:
+        kind, _, bits = word.partition("=")
+        if kind not in ("weights", "kv"):
+            raise PhaseQuantError(f"--allow '{word}': {did_you_mean(kind, ('weights', 'kv'))}, as in weights=4,8")
+        raised = [width for width in _whole(bits) if width > 4]
+        sets = [f"policy.allow.{kind}={raised}", *(sets or [])]
+    if shared:
+        policy = policy or "budget"
+        sets = ["policy.score=gradient", "policy.price=bytes", *(sets or [])]
     short = {"policy.name": policy, "policy.a8_share": share, "calibration.text": calib, "seed": seed}
     quoted = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in short.items() if value is not None]
     return [*quoted, *(sets or [])]
@@ -191,6 +212,7 @@ def quantize(
     calib: Calib = None,
     seed: Seed = None,
     plan: PlanFile = None,
+    allow: Allow = None,
     keep: Annotated[
         Path | None, typer.Option("--save-transform", help="keep the transform too, for transform.method=load")
     ] = None,
@@ -204,7 +226,7 @@ def quantize(
     from phasequant.nn import kv_bytes_per_token
 
     set_quiet(quiet)
-    overrides = _overrides(sets, policy, a8_share, calib, seed, plan)
+    overrides = _overrides(sets, policy, a8_share, calib, seed, plan, allow)
     result = phasequant.quantize(
         model, recipe or "quarot", overrides=overrides, plan=plan, output=output, device=device
     )
@@ -214,7 +236,7 @@ def quantize(
     kv_bytes = kv_bytes_per_token(result.model, result.map)
     out.print(
         f"{output}: weights {size / 2**20:.1f} MiB, KV {kv_bytes:,} bytes a token, "
-        f"A8 share {100 * result.plan.a8_share:.1f} %",
+        f"A8 share {100 * result.plan.a8_share:.1f} %" + _more_bits(result.plan),
         soft_wrap=True,
         markup=False,
     )
@@ -223,10 +245,20 @@ def quantize(
         "policy": result.plan.policy,
         "a8_share": result.plan.a8_share,
         "raised": list(result.plan.to_dict()["raised"]),
+        "weights_raised": list(result.plan.to_dict()["weights_raised"]),
+        "kv_raised": list(result.plan.to_dict()["kv_raised"]),
         "weight_bytes": size,
         "kv_bytes_per_token": kv_bytes,
     }
     _emit(summary, as_json)
+
+
+def _more_bits(plan: Any) -> str:
+    """What a plan gives more bits beside activations."""
+    groups, blocks = len(plan.weights_raised), len(plan.kv_raised)
+    told = [f"weights of {groups} groups"] if groups else []
+    told += [f"KV of {blocks} blocks"] if blocks else []
+    return f", more bits for {' and '.join(told)}" if told else ""
 
 
 @app.command("eval")

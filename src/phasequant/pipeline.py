@@ -104,11 +104,12 @@ def with_learned_clips(plan: PrecisionPlan, chosen: Transform) -> PrecisionPlan:
 
 def _kv_grids(plan: PrecisionPlan, chosen: Transform, block: int) -> tuple[QuantSpec, QuantSpec]:
     """Grids of keys and values of one block: learned for this plan's bits, or the plan's own."""
-    assert plan.kv is not None
+    spec = plan.kv_at(block)
+    assert spec is not None
     learned = chosen.block(block).kv
-    if learned is not None and learned[0].bits == plan.kv.bits:
+    if learned is not None and learned[0].bits == spec.bits:
         return learned
-    return plan.kv, plan.kv
+    return spec, spec
 
 
 @torch.no_grad()
@@ -138,7 +139,7 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     task = _polish_task(source, recipe, chosen)
     lessons = None if task is None else _lessons(task)
     if plan.weights is not None:
-        weights = _quantize_weights(source, recipe, plan.weights, chosen)
+        weights = _quantize_weights(source, recipe, plan, chosen)
     told: list[dict[str, Any]] = []
     if task is not None and lessons is not None:
         polished = _polish(task, lessons)
@@ -152,7 +153,9 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     kind = str(stored).removeprefix("torch.")
     found = source.prefix
     prefix = None if found is None else PrefixLayout(found.tokens, found.method, kind)
-    layout = ModelLayout(plan.weights, layouts, plan.activations, _online_layout(model, model_map), lowrank, prefix)
+    others = {place: entry.spec for place, entry in plan.weights_raised.items() if entry.spec is not None}
+    online = _online_layout(model, model_map)
+    layout = ModelLayout(plan.weights, layouts, plan.activations, online, lowrank, prefix, others)
     source.quantized = True
     mark_quantized(model, layout, str(stored).removeprefix("torch."))
     origin = {
@@ -178,9 +181,11 @@ def _round_dense(model: PreTrainedModel, stored: torch.dtype, *, but_linears: bo
             parameter.data = parameter.data.to(stored).to(parameter.dtype)
 
 
-def _quantize_weights(source: Source, recipe: Recipe, spec: QuantSpec, chosen: Transform) -> dict[str, Any]:
+def _quantize_weights(source: Source, recipe: Recipe, plan: PrecisionPlan, chosen: Transform) -> dict[str, Any]:
     """Codes for every linear; what the manifest says about them."""
-    part = recipe.weights
+    part, spec = recipe.weights, plan.weights
+    assert spec is not None
+    others = {place: entry.spec for place, entry in plan.weights_raised.items() if entry.spec is not None}
     tokens = None
     if weight.needs_tokens(part, recipe.lowrank):
         tokens = cut(source, recipe, part.seqlen, part.sequences, "weights")
@@ -196,6 +201,7 @@ def _quantize_weights(source: Source, recipe: Recipe, spec: QuantSpec, chosen: T
                 clips=lambda index: chosen.block(index).weight_clips,
                 tokens=tokens,
                 device=source.compute,
+                others=others,
             )
         )
     digest = None if tokens is None else text.digest(tokens)

@@ -19,6 +19,7 @@ from phasequant.plan import (
     Rows,
     Seen,
     Terms,
+    allowed,
     better,
     choices,
     make_plan,
@@ -79,7 +80,18 @@ def _ask(transformed: Transformed, recipe: Recipe) -> Ask | None:
     length = min(tokens.shape[1], policy.tokens)
     runs = Runs(source.model, tokens[: max(1, policy.tokens // length), :length], source.compute)
     seen = Seen(*transformed.observations).at("transformed")
-    return Ask(source.map, seen, low, choices(recipe, low), policy.first_token, runs, clips_of(transformed, recipe))
+    return Ask(
+        source.map,
+        seen,
+        low,
+        choices(recipe, low),
+        policy.first_token,
+        runs,
+        clips_of(transformed, recipe),
+        weights=allowed(recipe, "weights", recipe.weights.spec()),
+        kv=allowed(recipe, "kv", recipe.kv.spec(source.map.shape.d_head)),
+        qk={block: transformed.transform.block(block).qk for block in source.map.blocks},
+    )
 
 
 def clips_of(transformed: Transformed, recipe: Recipe) -> Mapping[Place, float]:
@@ -161,7 +173,7 @@ def _or_paper(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, see
     rival = make_plan(recipe.with_("policy.name=paper"), plan.model, None)
     price = prices(recipe, plan.model, seen, low)
     spent = sum(price.of(place, bits_of(entry.spec)) for place, entry in rival.raised.items())
-    if not rival.raised or spent > price.budget * (1 + 1e-9):
+    if recipe.policy.allow or not rival.raised or spent > price.budget * (1 + 1e-9):
         return plan
     measure = PlanDivergence(ask)
     ours, theirs = (measure(with_searched_clips(one, transformed, recipe).activations) for one in (plan, rival))

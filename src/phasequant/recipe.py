@@ -320,6 +320,14 @@ class PolicyPart(_Part):
         description="budget: what a raised group costs: its multiply-adds; those times its bits above the low grid; "
         "the bytes of its input; the time its linears take longer on this device",
     )
+    allow: dict[Literal["weights", "kv"], tuple[Literal[5, 6, 7, 8], ...]] = Field(
+        {},
+        description="budget, gradient: what weights of a group, or keys and values of a block, may be raised to out of "
+        "the same budget, as in {weights: [8], kv: [8]}; priced in bytes",
+    )
+    context: Annotated[int, Field(ge=1)] = Field(
+        2048, description="budget, allow: cached tokens whose keys and values a new token reads"
+    )
     tokens: Annotated[int, Field(ge=2)] = Field(
         1024, description="budget: calibration tokens for scores that run the model (local, fisher, gradient, kl)"
     )
@@ -481,6 +489,18 @@ class Recipe(_Part):
             raise ValueError("policy.format=fp8 is 8 bits: set policy.bits=8, or policy.format=int")
         if self.policy.price == "bits" and self.activations.bits >= 8 and self.policy.name == "budget":
             raise ValueError("policy.price=bits counts bits towards 8: it needs activations.bits below 8")
+        for kind, spec in (("weights", self.weights), ("kv", self.kv)):
+            allowed = self.policy.allow.get(kind)  # type: ignore[call-overload]
+            if allowed and (spec.bits == 16 or min(allowed) <= spec.bits or getattr(spec, "format", "int") != "int"):
+                raise ValueError(
+                    f"policy.allow raises {kind} above {kind}.bits, on integer grids: set {kind}.bits below "
+                    f"{min(allowed)}"
+                )
+        if self.policy.allow and (self.policy.score != "gradient" or self.policy.price != "bytes" or self.policy.swaps):
+            raise ValueError(
+                "policy.allow has weights, KV and activations share one budget: it needs policy.score=gradient, which "
+                "measures all three, policy.price=bytes, which all three have, and policy.swaps=0"
+            )
         if set(self.policy.choices) - {8, 16} and (
             raised == "fp8" or (raised == "auto" and self.activations.format != "int")
         ):

@@ -73,7 +73,8 @@ class PrefixLayout:
 
 @dataclass
 class ModelLayout:
-    """`online`: group → `OnlineMap.layout()`, the same in every block. `weights`: the grid of all codes."""
+    """`online`: group → `OnlineMap.layout()`, the same in every block. `weights`: the grid of all codes, but for those
+    of the groups in `weights_others`."""
 
     weights: QuantSpec | None = None
     kv: KV = field(default_factory=dict)
@@ -81,6 +82,11 @@ class ModelLayout:
     online: dict[str, dict[str, Any]] = field(default_factory=dict)
     lowrank: LowRank | None = None
     prefix: PrefixLayout | None = None
+    weights_others: Mapping[tuple[int, str], QuantSpec] = field(default_factory=dict)
+
+    def weights_at(self, block: int, group: str) -> QuantSpec | None:
+        """The grid of a group's codes."""
+        return self.weights_others.get((block, group), self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         """For `config.json`: the commonest activation grid once, others and clips by name."""
@@ -90,8 +96,16 @@ class ModelLayout:
         first = next(iter(self.kv.values()), None)
         return {
             "weights": self.weights and self.weights.to_dict(),
+            "weights_others": {
+                f"{block}.{group}": spec.to_dict() for (block, group), spec in sorted(self.weights_others.items())
+            },
             "kv": first
-            and {"grid": replace(first.keys, clip=1.0).to_dict(), "qk": first.qk, "clips": self._kv_clips()},
+            and {
+                "grid": replace(first.keys, clip=1.0).to_dict(),
+                "qk": first.qk,
+                "clips": self._kv_clips(),
+                "bits": [kv.keys.bits for _, kv in sorted(self.kv.items())],
+            },
             "activations": {
                 "base": base and base.to_dict(),
                 "others": {
@@ -150,8 +164,12 @@ class ModelLayout:
             if values["kv"] is not None:
                 grid, qk, clips = spec(values["kv"]["grid"]), values["kv"]["qk"], values["kv"]["clips"]
                 assert grid is not None
-                for block, (keys, states) in zip(model_map.blocks, clips, strict=True):
-                    grids = replace(grid, clip=float(keys)), replace(grid, clip=float(states))
+                bits = values["kv"].get("bits") or [grid.bits] * len(clips)
+                for block, (keys, states), width in zip(model_map.blocks, clips, bits, strict=True):
+                    grids = (
+                        replace(grid, clip=float(keys), bits=width),
+                        replace(grid, clip=float(states), bits=width),
+                    )
                     kv[block] = KVLayout(*grids, dict(qk) if qk is not None else None)
             return cls(
                 weights=spec(values["weights"]),
@@ -160,6 +178,9 @@ class ModelLayout:
                 online={group: dict(entry) for group, entry in values["online"].items()},
                 lowrank=None if (branch := values.get("lowrank")) is None else LowRank.from_dict(branch, model_map),
                 prefix=None if (given := values.get("prefix")) is None else PrefixLayout.from_dict(given, model_map),
+                weights_others={
+                    place(name): QuantSpec.from_dict(entry) for name, entry in values.get("weights_others", {}).items()
+                },
             )
         except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise PhaseQuantError(
@@ -202,7 +223,7 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
-            weight_spec=layout.weights,
+            weight_spec=layout.weights_at(block, group),
             input_spec=layout.activations[block, group],
             online=online,
             rank=branch.ranks.get(group, 0),

@@ -1,6 +1,6 @@
 """Plans: policies turn observations into the bits that every group reads."""
 
-from phasequant.plan.budget import choices, prices, sensitivity
+from phasequant.plan.budget import allowed, choices, prices, sensitivity
 from phasequant.plan.policies import NEEDS_NOISE, NEEDS_OBSERVATIONS, POLICIES, make_plan, thresholds
 from phasequant.plan.precision import PrecisionPlan, Raised, Rows
 from phasequant.plan.prices import Prices
@@ -19,6 +19,7 @@ __all__ = [
     "Rows",
     "Seen",
     "Terms",
+    "allowed",
     "better",
     "choices",
     "make_plan",

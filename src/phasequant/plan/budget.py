@@ -6,7 +6,7 @@ harm is a sensitivity (`policy.score`); what raising a group costs is `policy.pr
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from phasequant.arch import ModelMap, Place
 from phasequant.numerics import QuantSpec
@@ -15,7 +15,7 @@ from phasequant.plan.precision import Raised
 from phasequant.plan.prices import Prices
 from phasequant.plan.seen import Seen
 from phasequant.recipe import Recipe
-from phasequant.sensitivity import MEASURES, RUNS_MODEL, Ask, Sensitivity, bits_of
+from phasequant.sensitivity import KV, MEASURES, RUNS_MODEL, WEIGHTS, Ask, Sensitivity, bits_of
 
 
 def high_grid(recipe: Recipe, low: QuantSpec, bits: int) -> QuantSpec | None:
@@ -39,7 +39,8 @@ def choices(recipe: Recipe, low: QuantSpec) -> tuple[QuantSpec | None, ...]:
 def prices(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> Prices:
     """What raising a group costs by the recipe."""
     bits = [bits_of(spec) for spec in choices(recipe, low)]
-    return Prices(recipe.policy, model_map, low.bits, bits, seen.timings)
+    base = {"weights": recipe.weights.bits, "kv": recipe.kv.bits}
+    return Prices(recipe.policy, model_map, low.bits, bits, seen.timings, base)
 
 
 def sensitivity(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> Sensitivity:
@@ -52,8 +53,23 @@ def sensitivity(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec)
     return MEASURES[policy.score](ask)
 
 
-def spend(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> dict[Place, Raised]:
-    """The groups that are raised, with the reason."""
+@dataclass(frozen=True)
+class Spent:
+    """What is raised, with the reasons: inputs of groups, weights of groups, keys and values of blocks."""
+
+    raised: dict[Place, Raised]
+    weights: dict[Place, Raised]
+    kv: dict[int, Raised]
+
+
+def allowed(recipe: Recipe, kind: str, base: QuantSpec | None) -> tuple[QuantSpec, ...]:
+    """The grids of weights or KV that share the budget, the low one first; none where they do not."""
+    bits = dict(recipe.policy.allow).get(kind)  # type: ignore[call-overload]
+    return () if not bits or base is None else (base, *(replace(base, bits=b) for b in bits))
+
+
+def spend(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> Spent:
+    """What is raised, with the reasons."""
     found = sensitivity(recipe, model_map, seen, low)
     price = prices(recipe, model_map, seen, low)
     table: Mapping[Place, Mapping[int, float]] = {
@@ -61,16 +77,35 @@ def spend(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> di
     }
     chosen = solve(found.harm, table, price.budget)
     grids = {bits_of(spec): spec for spec in choices(recipe, low)}
+    of_weights = {spec.bits: spec for spec in allowed(recipe, "weights", recipe.weights.spec())}
+    of_kv = {spec.bits: spec for spec in allowed(recipe, "kv", recipe.kv.spec(model_map.shape.d_head))}
+    lowest = {place: min(by) for place, by in found.harm.items()}
     worth = {
-        place: max((found.gain(place, low.bits, bits) / max(table[place][bits], 1e-30) for bits in grids), default=0.0)
-        for place in found.harm
+        place: max(
+            (
+                found.gain(place, lowest[place], bits) / max(table[place][bits], 1e-30)
+                for bits in by
+                if bits > lowest[place]
+            ),
+            default=0.0,
+        )
+        for place, by in found.harm.items()
     }
     order = sorted(worth, key=lambda place: -worth[place])
-    return {
-        place: Raised(grids[chosen[place]], _why(found, place, rank, len(order), low.bits, chosen[place], model_map))
-        for rank, place in enumerate(order, start=1)
-        if chosen[place] != low.bits and found.gain(place, low.bits, chosen[place]) > 0
-    }
+    spent = Spent({}, {}, {})
+    for rank, place in enumerate(order, start=1):
+        bits, least = chosen[place], lowest[place]
+        if bits == least or found.gain(place, least, bits) <= 0:
+            continue
+        block, name = place
+        why = _why(found, place, rank, len(order), least, bits, price)
+        if name == KV:
+            spent.kv[block] = Raised(of_kv[bits], why)
+        elif name.startswith(WEIGHTS):
+            spent.weights[block, name.removeprefix(WEIGHTS)] = Raised(of_weights[bits], why)
+        else:
+            spent.raised[place] = Raised(grids[bits], why)
+    return spent
 
 
 UNITS = {"noise": "noise in the residual stream", "kl": "nats a token of KL", "kl_alone": "nats a token of KL",
@@ -78,10 +113,13 @@ UNITS = {"noise": "noise in the residual stream", "kl": "nats a token of KL", "k
          "gradient": "nats a token of KL, to first order", "local": "error of its output"}  # fmt: skip
 
 
-def _why(found: Sensitivity, place: Place, rank: int, of: int, low: int, bits: int, model_map: ModelMap) -> str:
-    share = 100 * model_map.macs(place[1]) / model_map.macs_total
+def _why(found: Sensitivity, place: Place, rank: int, of: int, low: int, bits: int, price: Prices) -> str:
     gain = found.gain(place, low, bits)
+    if price.policy.price == "macs":
+        cost = f"{100 * price.map.macs(place[1]) / price.map.macs_total:.2f} % of the multiply-adds"
+    else:
+        cost = f"{price.of(place, bits):.4g} {price.unit}"
     return (
         f"rank {rank} of {of} by {found.name}: {bits} bits save {gain:.3g} {UNITS.get(found.name, found.name)}, "
-        f"for {share:.2f} % of the multiply-adds"
+        f"for {cost}"
     )

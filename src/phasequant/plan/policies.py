@@ -15,7 +15,7 @@ from collections.abc import Callable
 from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError
 from phasequant.observe import Observations
-from phasequant.plan.budget import high_grid, spend
+from phasequant.plan.budget import Spent, high_grid, spend
 from phasequant.plan.precision import PrecisionPlan, Raised
 from phasequant.plan.seen import Seen
 from phasequant.recipe import PolicyPart, Recipe
@@ -98,9 +98,11 @@ def make_plan(recipe: Recipe, model_map: ModelMap, seen: Seen | None) -> Precisi
             "set policy.bits higher, or policy.name=uniform"
         )
     raised: dict[Place, Raised] = {}
+    spent = Spent(raised, {}, {})
     if policy.name == "budget":
         assert seen is not None and low is not None
-        raised = spend(recipe, model_map, seen, low)
+        spent = spend(recipe, model_map, seen, low)
+        raised = spent.raised
     elif low is not None:
         high = high_grid(recipe, low, policy.bits)
         raised = {place: Raised(high, why) for place, why in BY_BLOCK[policy.name](policy, model_map, seen).items()}
@@ -111,4 +113,6 @@ def make_plan(recipe: Recipe, model_map: ModelMap, seen: Seen | None) -> Precisi
         recipe.kv.spec(model_map.shape.d_head),
         low,
         raised,
+        weights_raised=spent.weights,
+        kv_raised=spent.kv,
     )

@@ -5,7 +5,7 @@ and edited: delete a line of `raised` and that group reads the low grid again; g
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,10 @@ from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.nn import Activations
 from phasequant.numerics import QuantSpec
 
-KEYS = ("policy", "model", "a8_share", "weights", "kv", "low", "raised", "clips", "alpha", "rows")
+KEYS = (
+    "policy", "model", "a8_share", "weights", "kv", "low", "raised", "weights_raised", "kv_raised", "clips",
+    "alpha", "rows",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Rows:
 class PrecisionPlan:
     """Weights, KV, and every group's activations of one model. None means 16 bits. `clips`: what was learned for single
     groups, instead of their grid's own clip. `alpha`: QFeM's threshold, where it left groups out. `rows`: single rows
-    that read more than their group."""
+    that read more than their group. `weights_raised`, `kv_raised`: groups whose weights, blocks whose keys and values
+    have more bits than the others'."""
 
     policy: str
     model: ModelMap
@@ -50,6 +54,18 @@ class PrecisionPlan:
     clips: Mapping[Place, float] = field(default_factory=dict)
     alpha: float | None = None
     rows: Rows | None = None
+    weights_raised: Mapping[Place, Raised] = field(default_factory=dict)
+    kv_raised: Mapping[int, Raised] = field(default_factory=dict)
+
+    def weights_at(self, block: int, group: str) -> QuantSpec | None:
+        """The grid of a group's weights."""
+        entry = self.weights_raised.get((block, group))
+        return self.weights if entry is None else entry.spec
+
+    def kv_at(self, block: int) -> QuantSpec | None:
+        """The grid of a block's keys and values."""
+        entry = self.kv_raised.get(block)
+        return self.kv if entry is None else entry.spec
 
     def spec(self, block: int, group: str) -> QuantSpec | None:
         """The grid that a group reads."""
@@ -86,9 +102,11 @@ class PrecisionPlan:
             "weights": self.weights and self.weights.to_dict(),
             "kv": self.kv and self.kv.to_dict(),
             "low": self.low and self.low.to_dict(),
-            "raised": {
-                f"{block}.{group}": {**(entry.spec.to_dict() if entry.spec else {"bits": 16}), "why": entry.why}
-                for (block, group), entry in sorted(self.raised.items(), key=_order)
+            "raised": _raised_dict(self.raised),
+            "weights_raised": _raised_dict(self.weights_raised),
+            "kv_raised": {
+                str(block): {**(entry.spec.to_dict() if entry.spec else {"bits": 16}), "why": entry.why}
+                for block, entry in sorted(self.kv_raised.items())
             },
             "clips": {f"{block}.{group}": clip for (block, group), clip in sorted(self.clips.items(), key=_order)},
             "alpha": self.alpha,
@@ -124,27 +142,25 @@ class PrecisionPlan:
                 f"{here['d_model']}): make one with `phasequant analyze` on this model"
             )
         low = _spec(values["low"], "low", "activations")
-        raised: dict[Place, Raised] = {}
-        if not isinstance(values["raised"], dict):
-            raise PhaseQuantError("the plan's 'raised' must be an object of BLOCK.GROUP entries (empty: {})")
-        for name, entry in values["raised"].items():
-            place = _place(name, model_map, "raises")
-            if not isinstance(entry, dict):
-                raise PhaseQuantError(f"the plan's entry for '{name}' must be an object such as {{\"bits\": 8}}")
-            own = dict(entry)
-            why = str(own.pop("why", "set by hand"))
-            base = {**(low.to_dict() if low else {}), "clip": 1.0}
-            raised[place] = Raised(_spec({**base, **own}, name, "activations"), why)
+        base = {**(low.to_dict() if low else {}), "clip": 1.0}
+        raised = {
+            _place(name, model_map, "raises"): Raised(_spec({**base, **own}, name, "activations"), why)
+            for name, own, why in _entries(values["raised"], "raised", "BLOCK.GROUP")
+        }
+        weights = _spec(values.get("weights"), "weights", "weights", tuple(map(model_map.width_in, GROUPS)))
+        kv = _spec(values.get("kv"), "kv", "kv", (model_map.shape.d_head,))
         return cls(
             str(values.get("policy", "by hand")),
             model_map,
-            _spec(values.get("weights"), "weights", "weights", tuple(map(model_map.width_in, GROUPS))),
-            _spec(values.get("kv"), "kv", "kv", (model_map.shape.d_head,)),
+            weights,
+            kv,
             low,
             raised,
             _clips(values.get("clips") or {}, model_map),
             _alpha(values.get("alpha")),
             _rows(values.get("rows"), low, model_map),
+            _weights_raised(values.get("weights_raised") or {}, weights, model_map),
+            _kv_raised(values.get("kv_raised") or {}, kv, model_map),
         )
 
     @classmethod
@@ -155,6 +171,54 @@ class PrecisionPlan:
         except ValueError as error:
             raise PhaseQuantError(f"the plan is not valid JSON ({error})") from error
         return cls.from_dict(values, model_map)
+
+
+def _raised_dict(raised: Mapping[Place, Raised]) -> dict[str, Any]:
+    return {
+        f"{block}.{group}": {**(entry.spec.to_dict() if entry.spec else {"bits": 16}), "why": entry.why}
+        for (block, group), entry in sorted(raised.items(), key=_order)
+    }
+
+
+def _entries(values: Any, key: str, places: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(place, grid's keys, why) of raised entries."""
+    if not isinstance(values, dict):
+        raise PhaseQuantError(f"the plan's '{key}' must be an object of {places} entries (empty: {{}})")
+    for name, entry in values.items():
+        if not isinstance(entry, dict):
+            raise PhaseQuantError(f"the plan's entry for '{name}' must be an object such as {{\"bits\": 8}}")
+        own = dict(entry)
+        why = str(own.pop("why", "set by hand"))
+        yield str(name), own, why
+
+
+def _weights_raised(values: Any, base: QuantSpec | None, model_map: ModelMap) -> dict[Place, Raised]:
+    """Groups whose weights have other bits."""
+    found: dict[Place, Raised] = {}
+    for name, own, why in _entries(values, "weights_raised", "BLOCK.GROUP"):
+        if base is None:
+            raise PhaseQuantError("the plan's 'weights_raised' raise weights that have 16 bits already")
+        place = _place(name, model_map, "raises the weights of")
+        spec = _spec({**base.to_dict(), **own}, f"weights of {name}", "weights", (model_map.width_in(place[1]),))
+        if spec is None or spec.is_int != base.is_int:
+            raise PhaseQuantError(f"the plan's weights at '{name}' must be codes, of the kind that the others are")
+        found[place] = Raised(spec, why)
+    return found
+
+
+def _kv_raised(values: Any, base: QuantSpec | None, model_map: ModelMap) -> dict[int, Raised]:
+    """Blocks whose keys and values have other bits."""
+    found: dict[int, Raised] = {}
+    for name, own, why in _entries(values, "kv_raised", "BLOCK"):
+        if base is None:
+            raise PhaseQuantError("the plan's 'kv_raised' raise keys and values that have 16 bits already")
+        if not name.isdecimal() or int(name) not in model_map.blocks:
+            raise PhaseQuantError(f"the plan raises the KV of block '{name}', which this model does not have")
+        spec = _spec({**base.to_dict(), **own}, f"KV of block {name}", "kv", (model_map.shape.d_head,))
+        if spec is None or replace(spec, bits=base.bits, clip=base.clip) != base:
+            raise PhaseQuantError(f"the plan's KV of block {name} may differ from the others' in bits and clip alone")
+        found[int(name)] = Raised(spec, why)
+    return found
 
 
 def _order(item: tuple[Place, Any]) -> tuple[int, int]:

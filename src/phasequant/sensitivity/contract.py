@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap, Place
 from phasequant.nn import Activations
-from phasequant.numerics import QuantSpec
+from phasequant.numerics import LinearMap, QuantSpec
 from phasequant.observe import Observations
 
 Harm = Mapping[Place, Mapping[int, float]]
@@ -36,7 +36,8 @@ class Ask:
     """`seen`: a sweep of the transformed model. `low`: the grid of all; `choices`: the grids that a group may be raised
     to (None: 16 bits). For those that run the model: the transformed model itself with dense weights, activations in 16
     bits, and calibration sequences. `clips`: of the low grid, group by group, where they were searched. `plan`: what
-    all groups read while `gradient` measures; None: the low grid."""
+    all groups read while `gradient` measures; None: the low grid. `weights`, `kv`: grids of those, the low one first,
+    where they share the budget; `qk`: the map of keys by block."""
 
     map: ModelMap
     seen: Observations
@@ -46,6 +47,9 @@ class Ask:
     runs: Runs | None = None
     clips: Mapping[Place, float] = field(default_factory=dict)
     plan: Activations | None = None
+    weights: tuple[QuantSpec, ...] = ()
+    kv: tuple[QuantSpec, ...] = ()
+    qk: Mapping[int, LinearMap | None] = field(default_factory=dict)
 
     @property
     def run(self) -> "Runs":
@@ -65,6 +69,10 @@ class Ask:
     def places(self) -> list[Place]:
         """Every group of every block, in order of computation."""
         return [(block, group.name) for block in self.map.blocks for group in self.map.groups]
+
+
+WEIGHTS, KV = "weights:", "kv"
+"""How harm names a block's weights of a group (`weights:qkv`), and its keys and values."""
 
 
 def bits_of(spec: QuantSpec | None) -> int:

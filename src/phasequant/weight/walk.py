@@ -16,7 +16,7 @@ Memory: one block (two with `outputs`), one group's moments, the hidden states o
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from phasequant.arch import ModelMap
+from phasequant.arch import ModelMap, Place
 from phasequant.arch.families import GroupNames
 from phasequant.console import progress, warn
 from phasequant.nn import SLOT, QuantLinear, in_16_bits, kv_in_16_bits, prepared, quant_linears
@@ -42,7 +42,8 @@ Clips = Mapping[str, Float[Tensor, "O G"]]
 
 @dataclass(frozen=True)
 class WeightTask:
-    """What a walk is given. `clips(block)`: learned clip ratios by linear. `tokens`: where a method looks at data."""
+    """What a walk is given. `others`: grids of groups that do not take `spec`. `clips(block)`: learned clip ratios by
+    linear, for `spec`. `tokens`: where a method looks at data."""
 
     model: PreTrainedModel
     map: ModelMap
@@ -53,6 +54,11 @@ class WeightTask:
     clips: Callable[[int], Clips]
     tokens: Int[Tensor, "sequences T"] | None
     device: torch.device
+    others: Mapping[Place, QuantSpec] = field(default_factory=dict)
+
+    def at(self, block: int, group: str) -> QuantSpec:
+        """The grid of a group's codes."""
+        return self.others.get((block, group), self.spec)
 
 
 def needs_tokens(part: WeightsPart, lowrank: LowRankPart) -> bool:
@@ -142,7 +148,7 @@ def _without_data(task: WeightTask) -> Iterator[dict[str, Any]]:
                 for group in task.map.groups:
                     for part in task.map.parts(group):
                         made = _quantize_group(task, block, index, part, None)
-                        made.settle(task.spec)
+                        made.settle()
                         yield _entry(index, part, made.told)
             tick()
 
@@ -169,12 +175,12 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
                 for group_part in (p for group in groups for p in task.map.parts(group)):
                     own = moments.pop(group_part.linears[0])
                     found = _quantize_group(task, step.block, step.index, group_part, own)
-                    found.show(task.spec)
+                    found.show()
                     made.append(found)
                     yield _entry(step.index, group_part, found.told)
             step.drain()
             for found in made:
-                found.settle(task.spec)
+                found.settle()
             if twin is not None:
                 original = twins_outputs
 
@@ -250,19 +256,20 @@ class _Made:
     branches: list[Branch | None]
     told: Told
     rounded: bool  # what the branch reads
+    spec: QuantSpec
 
-    def show(self, spec: QuantSpec) -> None:
+    def show(self) -> None:
         """Have the linears compute with the rounded weights."""
         for linear, made, branch in zip(self.linears, self.codes, self.branches, strict=True):
             assert linear.weight_dense is not None
-            linear.weight_dense.data = made.values(spec).to(linear.weight_dense.dtype)
+            linear.weight_dense.data = made.values(self.spec).to(linear.weight_dense.dtype)
             if branch is not None:
                 linear.set_branch(branch.down, branch.up, rounded=self.rounded)
 
-    def settle(self, spec: QuantSpec) -> None:
+    def settle(self) -> None:
         """Give the linears their codes."""
         for linear, made, branch in zip(self.linears, self.codes, self.branches, strict=True):
-            linear.set_codes(made.codes, made.scale, made.zero, spec, made.peak)
+            linear.set_codes(made.codes, made.scale, made.zero, self.spec, made.peak)
             if branch is not None:
                 linear.set_branch(branch.down, branch.up, rounded=self.rounded)
 
@@ -274,12 +281,13 @@ def _quantize_group(
     weights = [linear.dense_weight().float() for linear in linears]
     rows = [len(weight) for weight in weights]
     stacked = torch.cat(weights)
-    learned = task.clips(index)
+    spec = task.at(index, group.name)
+    learned = task.clips(index) if spec == task.spec else {}
     clips = None
     if all(name in learned for name in group.linears):
         clips = torch.cat([learned[name].to(stacked) for name in group.linears])
     expert = "" if group.expert is None else f", expert {group.expert}"
-    branch, made, told = _codes(task, stacked, clips, moments, group.name, f"block {index}, {group.name}{expert}")
+    branch, made, told = _codes(task, spec, stacked, clips, moments, group.name, f"block {index}, {group.name}{expert}")
     if moments is not None and moments.borrowed:
         told.why = told.why or (
             f"{moments.tokens} rows reached expert {group.expert}, fewer than its {len(moments.hessian)} input "
@@ -291,11 +299,17 @@ def _quantize_group(
     if branch is not None:
         # laid out as a loader lays them out: products of another layout are rounded otherwise
         branches = [Branch(branch.down.contiguous(), up.contiguous()) for up in branch.up.split(rows)]
-    return _Made(linears, codes, branches, told, task.lowrank.input == "rounded")
+    return _Made(linears, codes, branches, told, task.lowrank.input == "rounded", spec)
 
 
 def _codes(
-    task: WeightTask, weight: Tensor, clips: Tensor | None, moments: Moments | None, group: str, place: str
+    task: WeightTask,
+    spec: QuantSpec,
+    weight: Tensor,
+    clips: Tensor | None,
+    moments: Moments | None,
+    group: str,
+    place: str,
 ) -> tuple[Branch | None, WeightCodes, Told]:
     part, lowrank = task.part, task.lowrank
     why = None
@@ -308,16 +322,16 @@ def _codes(
         root, blind = _root(moments if lowrank.weighting == "hessian" else None, part.damping)
         why = why or blind
         branch, weight, notes = split(
-            weight, task.spec, rank, lowrank.method, root=root,
+            weight, spec, rank, lowrank.method, root=root,
             iterations=lowrank.iterations, shrink=lowrank.shrink, stored=task.stored, place=place,
         )  # fmt: skip
     if part.method == "rtn" or moments is None:
-        made, told = round_to_nearest(weight, task.spec, clips), Told("rtn")
+        made, told = round_to_nearest(weight, spec, clips), Told("rtn")
     else:
         made, told = gptq(
             weight,
             moments.hessian,
-            task.spec,
+            spec,
             clips,
             damping=part.damping,
             order=part.order,
