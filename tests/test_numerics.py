@@ -299,3 +299,23 @@ def test_procrustes_finds_a_rotation_that_was_applied(name):
         distances.append(float((found.apply(x) - b).norm() / b.norm()))
     assert distances[-1] < 1e-6 and all(b <= a + 1e-9 for a, b in itertools.pairwise(distances))
     assert torch.allclose(found.apply_inverse(found.apply(x)), x)
+
+
+def test_products_for_learning():
+    """bfloat16 is exact on codes, close on numbers, and passes its gradient on."""
+    from phasequant.numerics import learning_product
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (30, 64), generator=generator, dtype=torch.int8)
+    rows = torch.randint(-3, 4, (10, 64), generator=generator).float()
+    for fast in (True, False):
+        found = learning_product(rows, codes, fast)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, rows @ codes.float().T, rtol=2**-8)
+    x, w = torch.randn(10, 64, generator=generator), torch.randn(30, 64, generator=generator)
+    x.requires_grad_()
+    w.requires_grad_()
+    y = learning_product(x, w, True)
+    assert torch.allclose(y, x @ w.T, atol=0.1) and not torch.equal(y, x @ w.T)
+    y.sum().backward()
+    assert torch.allclose(x.grad, w.sum(0).expand(10, -1), atol=0.1) and w.grad.shape == w.shape

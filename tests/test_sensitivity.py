@@ -363,7 +363,7 @@ def test_the_gradient_is_that_of_kl_in_how_much_of_each_noise_is_let_in(ask):
             q = model(row[None], use_cache=False).logits[0].log_softmax(-1)
             loss = (p.exp() * (p - q)).sum()
             loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
         for hook in hooks:
             hook.remove()
     tokens = ask.run.tokens.numel()

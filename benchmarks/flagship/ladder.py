@@ -1,11 +1,11 @@
 """The ladder to the presets `phasequant` and `phasequant-fold`: one ingredient a row, each on top of those before.
 
-    python benchmarks/flagship/ladder.py --text wiki.test --calib wiki.train --ladder flat [--chunks 16] [-o runs/ladder]
+    python benchmarks/flagship/ladder.py --text wiki.test --calib wiki.train --ladder flat [-o runs/ladder]
 
 Ladders: `flat` (FlatQuant from WUSH's closed form), `wush` (the closed form alone: minutes on a CPU), `fold` (nothing
 online but R3 and R4). Every row is quantized anew and measured on the text: perplexity, KL, each chunk's loss. Rows are
-kept in OUTPUT, so that an interrupted run goes on; `--set` changes all rows, `--ingredients` takes others, `--last` runs
-the last row alone.
+kept in OUTPUT, so that an interrupted run goes on; `--set` changes all rows, `--ingredients` takes others, `--last`
+runs the last row alone.
 """
 
 import argparse
@@ -82,8 +82,11 @@ def main() -> None:
             }  # fmt: skip
             path.write_text(json.dumps(row, indent=1))
         row = json.loads(path.read_text())
-        print(f"{given.ladder} {' + '.join(['', *taken]):60} ppl {row['ppl']:8.3f} ({row['ppl'] / row['ppl_16bit']:.3f} ×)"
-              f"   KL {row['kl']:.4f}   A8 {100 * row['a8_share']:4.1f} %   {row['seconds']:5.0f} s", flush=True)  # fmt: skip
+        label = f"{given.ladder} {' + '.join(['', *taken])}"
+        times = f"{row['ppl'] / row['ppl_16bit']:.3f} ×"
+        share = f"A8 {100 * row['a8_share']:4.1f} %"
+        print(f"{label:70} ppl {row['ppl']:8.3f} ({times})   KL {row['kl']:.4f}   {share}   {row['seconds']:5.0f} s",
+              flush=True)  # fmt: skip
 
 
 def start(ladder: str, sets: list[str]) -> Recipe:

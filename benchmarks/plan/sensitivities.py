@@ -109,9 +109,11 @@ def one(recipe: Recipe, given: argparse.Namespace, found: dict, path: Path) -> N
     if "kl" in kept and given.swaps:
         wanted = budget.with_("policy.score=kl", policy={"a8_share": share, "swaps": given.swaps})
         plans["kl + swaps"] = pipeline.planned(made, wanted, Seen(seen, sensitivity=kept["kl"]))
-    if "gradient" in kept and given.rounds > 1:
-        wanted = budget.with_("policy.score=gradient", policy={"a8_share": share, "rounds": given.rounds})
-        plans[f"gradient x {given.rounds}"] = pipeline.planned(made, wanted, Seen(seen, sensitivity=kept["gradient"]))
+    for name in ("gradient", "gradient_loss"):
+        if name in kept and given.rounds > 1:
+            part = {"a8_share": share, "rounds": given.rounds, "check": False}
+            wanted = budget.with_(f"policy.score={name}", policy=part)
+            plans[f"{name} x {given.rounds}"] = pipeline.planned(made, wanted, Seen(seen, sensitivity=kept[name]))
     for name, plan in plans.items():
         if name in found.setdefault("plans", {}):
             continue

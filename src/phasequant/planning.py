@@ -122,7 +122,7 @@ def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen |
     recipe = recipe or transformed.recipe
     seen = seen or seen_of(transformed, recipe)
     plan = make_plan(recipe, transformed.source.map, seen)
-    if recipe.policy.name == "budget" and recipe.policy.score == "gradient" and seen is not None:
+    if recipe.policy.name == "budget" and recipe.policy.score.startswith("gradient") and seen is not None:
         plan, seen = _again(plan, transformed, recipe, seen)
     if recipe.policy.name == "budget" and recipe.policy.check and recipe.policy.score in RUNS_MODEL:
         plan = _or_paper(plan, transformed, recipe, seen)
@@ -155,7 +155,7 @@ def _again(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: 
     others: list[Sensitivity] = []
     for _ in range(recipe.policy.rounds - 1):
         clipped = with_searched_clips(plan, transformed, recipe)
-        others.append(MEASURES["gradient"](replace(ask, plan=clipped.activations)))
+        others.append(MEASURES[recipe.policy.score](replace(ask, plan=clipped.activations)))
         seen = seen.measured(first.mean(others))
         after = make_plan(recipe, plan.model, seen)
         note(

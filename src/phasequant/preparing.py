@@ -20,6 +20,7 @@ from phasequant.nn import (
     prefix_states,
     quant_linears,
 )
+from phasequant.numerics import multiplies_bfloat16
 from phasequant.observe import Observations
 from phasequant.plan import (
     LOW,
@@ -109,6 +110,8 @@ def learn(
         learned_clips=clips,
         kept=cache_folder() / "learned",
     )
+    if task.tokens is not None and multiplies_bfloat16(source.compute):
+        note("learning: products in bfloat16, which this device has units for; what is measured is not")
     with measured(source.compute) as cost:
         chosen = (method.rough if rough and method.rough else method.learn)(task)
         if clips and not method.learns_clips and not all(block.inputs or block.weight_clips for block in chosen.blocks):

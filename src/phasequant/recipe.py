@@ -306,8 +306,10 @@ class PolicyPart(_Part):
         "auto", description="their grid: int (auto where activations are), or fp8 (auto where activations are fp4)"
     )
     clip: Fraction = Field(1.0, description="clip of raised groups, which have codes to spare for the largest values")
-    score: Literal["noise", "gsr", "ratio", "jr_snr", "local", "fisher", "gradient", "kl", "kl_alone"] = Field(
-        "noise",
+    score: Literal[
+        "noise", "gsr", "ratio", "jr_snr", "local", "fisher", "gradient", "gradient_loss", "kl", "kl_alone"
+    ] = Field(
+        "gradient",
         description="budget: how harm is measured: noise in the residual stream; gsr; ratio (QFeM); jr_snr "
         "(DynamicPTQ); local output error; fisher (one backward pass, in 16 bits); gradient (of KL, all low); kl of "
         "the model, raised from all-low or alone",

@@ -26,6 +26,7 @@ from phasequant.errors import PhaseQuantError
 from phasequant.finetune.contract import FLOOR, Polished, PolishTask, held_out, optimizer
 from phasequant.finetune.polished import PolishedBlock, PolishedNorm
 from phasequant.nn import capped_logits, in_16_bits, kv_in_16_bits, replace_module
+from phasequant.numerics import learning_product, multiplies_bfloat16
 from phasequant.stream import BlockStream, resident
 
 ROWS = 512  # of logits at once
@@ -89,14 +90,21 @@ class _Student:
         return polished
 
 
-def divergence(task: PolishTask, row: Int[Tensor, " T"], teacher: Float[Tensor, "T D"]) -> Float[Tensor, ""]:
-    """Mean KL over a sequence; the head runs a few positions at a time, recomputed for the gradient."""
+def divergence(
+    task: PolishTask, row: Int[Tensor, " T"], teacher: Float[Tensor, "T D"], *, exact: bool = True
+) -> Float[Tensor, ""]:
+    """Mean KL over a sequence; the head runs a few positions at a time, recomputed for the gradient. `exact`: the
+    head's product in full, not as learning takes it."""
     model, model_map = task.model, task.map
     decoder, head = (model.get_submodule(n) for n in (model_map.family.decoder, model_map.family.head))
     hidden = decoder(input_ids=row[None].to(task.device), use_cache=False).last_hidden_state[0]
 
+    def logs(x: Tensor) -> Tensor:
+        logits = head(x) if exact else learning_product(x, head.weight)
+        return capped_logits(model, model_map, logits).float().log_softmax(-1)
+
     def part(x: Tensor, wanted: Tensor) -> Tensor:
-        q, p = (capped_logits(model, model_map, head(h)).float().log_softmax(-1) for h in (x, wanted))
+        q, p = logs(x), logs(wanted)
         return nn.functional.kl_div(q, p.detach(), reduction="sum", log_target=True)
 
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -159,6 +167,10 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
     adam = optimizer(student.blocks, part, student.more)
     generator = torch.Generator().manual_seed(task.seed)
     begun, steps = time.monotonic(), 0
+    head = task.model.get_submodule(task.map.family.head)
+    plain_head = getattr(head, "bias", None) is not None  # the fast product has none
+    if multiplies_bfloat16(task.device):
+        note("finetune: products in bfloat16 while learning (this device has units for it); measured without")
     limit = None if part.minutes is None else 60 * part.minutes
     with progress("finetune (distillation)", part.steps) as tick:
         order: list[int] = []
@@ -176,7 +188,7 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
             for _ in range(part.batch):
                 order = order or torch.randperm(len(teacher), generator=generator).tolist()
                 index = order.pop()
-                loss = divergence(task, task.tokens[index], teacher[index]) / part.batch
+                loss = divergence(task, task.tokens[index], teacher[index], exact=plain_head) / part.batch
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):

@@ -16,16 +16,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from phasequant.arch import ModelMap
 from phasequant.nn import SLOT, KVQuantizer, QuantLinear, replace_module
-from phasequant.numerics import LinearMap, QuantSpec, unpack
+from phasequant.numerics import LinearMap, QuantSpec, learning_product, unpack
 from phasequant.transform.learned import Grid, LearnedKV, LearnedMap
 from phasequant.transform.norms import gain_of, scale_bias, set_gain, stored_gain
 
 LEAST_BITS_FREE = 8  # grids of so many bits have codes to spare: their clip stays
+
+
+def _product(x: Float[Tensor, "*rows I"], weight: Shaped[Tensor, "O I"]) -> Float[Tensor, "*rows O"]:
+    """x·Wᵀ: as learning takes it where gradients are, in full where something is measured."""
+    return learning_product(x, weight, None if torch.is_grad_enabled() else False)
 
 
 class _Reads(nn.Module):
@@ -82,23 +87,28 @@ class PolishedLinear(nn.Module):
             self.down = nn.Parameter(linear.lowrank_down.float(), "branches" in wants)
             self.up = nn.Parameter(linear.lowrank_up.float(), "branches" in wants)
 
-    def weight(self) -> Float[Tensor, "O I"]:
-        """What the codes stand for, with the scales as they are being learned."""
+    def product(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
+        """x times what the codes stand for, with the scales as they are being learned. A scale for each row is applied
+        to the product: it then has a gradient without a product of its own."""
         (linear,) = self._linear
         if self.log_scale is None:
-            return linear.dense_weight().float()
+            return _product(x, linear.dense_weight())
         assert self.codes is not None and linear.weight_scale is not None
         scale = linear.weight_scale * self.log_scale.exp()
-        grouped = self.codes.float().unflatten(1, (scale.shape[1], -1))
-        return (grouped * scale[..., None]).flatten(1)
+        if scale.shape[1] == 1:
+            return _product(x, self.codes) * scale[:, 0]
+        grouped = self.codes.to(x.dtype).unflatten(1, (scale.shape[1], -1))
+        return _product(x, (grouped * scale[..., None]).flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         (linear,), (reads,) = self._linear, self._reads
         mapped, rounded = reads(x)
-        y = nn.functional.linear(rounded, self.weight(), None if linear.bias is None else linear.bias.float())
+        y = self.product(rounded)
+        if linear.bias is not None:
+            y = y + linear.bias.float()
         if self.down is not None and self.up is not None:
             read = rounded if linear.branch_rounded else mapped
-            y = y + (read @ self.down.T) @ self.up.T
+            y = y + _product(_product(read, self.down), self.up)
         return y.to(x.dtype)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from phasequant.numerics.integer import (
 from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
 from phasequant.numerics.procrustes import polar, procrustes_step
+from phasequant.numerics.product import learning_product, multiplies_bfloat16
 from phasequant.numerics.rows import measure_rows, row_measure, wide_rows
 from phasequant.numerics.spec import QuantSpec
 from phasequant.numerics.straight_through import straight_through
@@ -29,7 +30,9 @@ __all__ = [
     "grid",
     "hadamard",
     "layout_shapes",
+    "learning_product",
     "measure_rows",
+    "multiplies_bfloat16",
     "pack",
     "packed_width",
     "polar",

@@ -19,6 +19,7 @@ from phasequant.arch import Place
 from phasequant.nn import QuantLinear, in_16_bits
 from phasequant.numerics import QuantSpec, fake_quantize
 from phasequant.sensitivity.contract import Ask, Sensitivity, bits_of
+from phasequant.stream import resident
 
 
 def _watch(linear: QuantLinear, grids: list[QuantSpec], sums: dict[int, list[Tensor]]) -> Any:
@@ -58,7 +59,7 @@ def fisher(ask: Ask) -> Sensitivity:
     specs = [spec for spec in (ask.low, *ask.choices) if spec is not None]
     grids = {place: [own for s in specs if (own := ask.at(place, s))] for place in ask.places}
     harm: dict[Place, dict[int, float]] = {p: dict.fromkeys((s.bits for s in specs), 0.0) for p in ask.places}
-    with in_16_bits(ask.run.model):
+    with in_16_bits(ask.run.model), resident(ask.run.model, ask.run.device):
         for row in ask.run.tokens:
             sums: dict[str, dict[int, list[Tensor]]] = {}
 

@@ -27,6 +27,7 @@ from phasequant.arch import Place
 from phasequant.nn import SLOT, QuantLinear, in_16_bits, switch_attention
 from phasequant.numerics import LinearMap, QuantSpec, dequantize, fake_quantize, quantize
 from phasequant.sensitivity.contract import KV, WEIGHTS, Ask, Sensitivity, bits_of
+from phasequant.stream import resident
 from phasequant.transform.learned import Grid, LearnedKV, LearnedMap
 
 Sums = dict[int, float]
@@ -112,8 +113,8 @@ def _noisy_kv(ask: Ask, sums: dict[Place, Sums]) -> Iterator[None]:
             model.config._attn_implementation, decoder.config._attn_implementation = before
 
 
-def _run(ask: Ask, row: Tensor, sums: dict[Place, Sums], hooked: Any) -> float:
-    """One sequence; its KL summed over tokens."""
+def _run(ask: Ask, row: Tensor, sums: dict[Place, Sums], hooked: Any, of_loss: bool) -> float:
+    """One sequence; its KL (`of_loss`: the loss of its next tokens) summed over tokens."""
     embeddings = ask.run.model.get_submodule(ask.map.family.embeddings)
     ids = row[None].to(embeddings.weight.device)
     with torch.no_grad():
@@ -123,7 +124,10 @@ def _run(ask: Ask, row: Tensor, sums: dict[Place, Sums], hooked: Any) -> float:
         with torch.enable_grad(), _noisy_kv(ask, sums):
             inputs = embeddings(ids).detach().requires_grad_(True)
             q = ask.run.model(inputs_embeds=inputs, use_cache=False).logits[0].float().log_softmax(-1)
-            loss = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+            if of_loss:
+                loss = nn.functional.nll_loss(q[:-1], ids[0, 1:], reduction="sum")
+            else:
+                loss = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
             loss.backward()
     finally:
         for hook in hooks:
@@ -132,7 +136,16 @@ def _run(ask: Ask, row: Tensor, sums: dict[Place, Sums], hooked: Any) -> float:
 
 
 def gradient(ask: Ask) -> Sensitivity:
-    """See the module's docstring."""
+    """Of the KL to the 16-bit model."""
+    return _gradient(ask, "gradient", of_loss=False)
+
+
+def gradient_loss(ask: Ask) -> Sensitivity:
+    """Of the loss on the calibration text: what perplexity is made of, and noisier."""
+    return _gradient(ask, "gradient_loss", of_loss=True)
+
+
+def _gradient(ask: Ask, name: str, of_loss: bool) -> Sensitivity:
     begun = time.monotonic()
     specs = [spec for spec in (ask.low, *ask.choices) if spec is not None]
     sums: dict[Place, dict[int, float]] = {p: dict.fromkeys((s.bits for s in specs), 0.0) for p in ask.places}
@@ -155,12 +168,12 @@ def gradient(ask: Ask) -> Sensitivity:
             hooks.append(_noisy(linear, now and now.dynamic, own, sums[block, group], ask.weights, of_weights))
         return hooks
 
-    with in_16_bits(ask.run.model):
+    with in_16_bits(ask.run.model), resident(ask.run.model, ask.run.device):
         for row in ask.run.tokens:
-            total += _run(ask, row, sums, hooked)
+            total += _run(ask, row, sums, hooked, of_loss)
     tokens = ask.run.tokens.numel()
     harm = {place: {bits: value / tokens for bits, value in by.items()} for place, by in sums.items()}
     for choice in ask.choices:
         for place in ask.places:
             harm[place].setdefault(bits_of(choice), 0.0)
-    return Sensitivity("gradient", harm, time.monotonic() - begun, {"kl": total / tokens})
+    return Sensitivity(name, harm, time.monotonic() - begun, {"kl": total / tokens})

@@ -32,7 +32,7 @@ from phasequant.arch import GROUPS, ModelMap
 from phasequant.console import note, warn
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.attention import ATTENTION
-from phasequant.numerics import QuantSpec
+from phasequant.numerics import QuantSpec, multiplies_bfloat16
 from phasequant.optim import Zeta
 from phasequant.recipe import LearningPart
 from phasequant.stream import BlockStream, Step
@@ -261,6 +261,7 @@ def learn_blocks(
             "clips": sorted(clips),
             "maps": sorted(maps),
             "scales": scales,
+            "bfloat16": multiplies_bfloat16(task.device),
         }
         ready = kept.read(start.block(step.index), asked)
         if ready is None:

@@ -24,7 +24,7 @@ from phasequant.arch import ModelMap
 from phasequant.nn import QuantLinear, replace_module
 from phasequant.nn.attention import SLOT
 from phasequant.nn.prefix import PREFIX
-from phasequant.numerics import LinearMap, QuantSpec, apply_map, grid, polar, straight_through
+from phasequant.numerics import LinearMap, QuantSpec, apply_map, grid, learning_product, polar, straight_through
 from phasequant.optim import qr_orthogonal
 from phasequant.transform.contract import MAPS, BlockTransform
 
@@ -213,7 +213,9 @@ class _Reader(nn.Module):
         self.inputs, self.dense = inputs, dense
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.inputs(x.float()), *self.dense())
+        weight, bias = self.dense()
+        y = learning_product(self.inputs(x.float()), weight, None if torch.is_grad_enabled() else False)
+        return y if bias is None else y + bias
 
 
 class _Prepared(nn.Module):
