@@ -82,7 +82,7 @@ def test_budget_is_never_exceeded_and_buys_the_best_first(share):
     seen = observations()
     best = next(g for g in seen.groups if (g.block, g.group) == (17, "o"))
     best.noise[LOW] = 1.0
-    recipe = QUAROT.with_("policy.name=budget", policy={"a8_share": share})
+    recipe = QUAROT.with_("policy.name=budget", "policy.score=noise", policy={"a8_share": share})
     plan = make_plan(recipe, SMOL, Seen(seen))
     assert plan.a8_share <= share + 1e-9
     if share == 1.0:
@@ -103,7 +103,7 @@ def test_policies_above_16_bits_are_refused():
 
 def test_plans_survive_json():
     for name in ("uniform", "paper", "budget"):
-        plan = make_plan(QUAROT.with_(f"policy.name={name}"), SMOL, Seen(observations()))
+        plan = make_plan(QUAROT.with_(f"policy.name={name}", "policy.score=noise"), SMOL, Seen(observations()))
         assert PrecisionPlan.from_json(plan.to_json(), SMOL) == plan
 
 

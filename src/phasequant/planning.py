@@ -95,10 +95,20 @@ def _ask(transformed: Transformed, recipe: Recipe) -> Ask | None:
 
 
 def clips_of(transformed: Transformed, recipe: Recipe) -> Mapping[Place, float]:
-    """The clips of the low grid that were searched for every group, once; none where the recipe searches none."""
+    """The clips of the low grid of every group: as they were learned, or searched, once (also while what will be
+    learned is still a draft); none where the recipe gives one for all."""
     low = recipe.activations.spec()
-    if recipe.activations.clip != "searched" or low is None:
+    if recipe.activations.clip not in ("searched", "learned") or low is None:
         return {}
+    if transformed.clips is None and recipe.activations.clip == "learned":
+        blocks = [(index, transformed.transform.block(index).inputs) for index in transformed.source.map.blocks]
+        learned = {
+            (index, group): float(spec.clip)
+            for index, inputs in blocks
+            for group, spec in inputs.items()
+            if spec.bits == low.bits
+        }
+        transformed.clips = learned or None
     if transformed.clips is None:
         source = transformed.source
         tokens, _ = calibration_tokens(source, recipe)

@@ -5,7 +5,7 @@ from phasequant.transform.blockwise import learn_blocks, learn_clips
 from phasequant.transform.contract import BlockTransform, Method, Task, Transform
 from phasequant.transform.dfrot import dfrot
 from phasequant.transform.files import load, load_transform, save_transform
-from phasequant.transform.flat import flat
+from phasequant.transform.flat import flat, flat_draft
 from phasequant.transform.frtq import frtq
 from phasequant.transform.os_plus import os_plus
 from phasequant.transform.quarot import fixed_rotations, quarot
@@ -23,7 +23,7 @@ METHODS: dict[str, Method] = {
     "frtq": Method(frtq, needs_tokens=True),
     "wush": Method(wush, needs_tokens=True),
     "spin": Method(spin, needs_tokens=True, sees_plan=True, rough=spin_start),
-    "flat": Method(flat, needs_tokens=True, learns_clips=True, sees_plan=True),
+    "flat": Method(flat, needs_tokens=True, learns_clips=True, sees_plan=True, rough=flat_draft),
     "load": Method(load),
 }
 """Name in the recipe → method."""

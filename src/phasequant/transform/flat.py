@@ -34,7 +34,7 @@ from phasequant.transform.blockwise import learn_blocks
 from phasequant.transform.contract import MAPS, BlockTransform, Task, Transform
 from phasequant.transform.gather import Largest, gather, group_weight
 from phasequant.transform.quarot import fixed_rotations
-from phasequant.transform.wush import align_block, block_orders
+from phasequant.transform.wush import align_block, block_orders, wush
 
 MAPPED = ("qkv", "gate_up", "down")
 ALPHA = 0.3
@@ -109,6 +109,11 @@ def _start_scales(step: Step, task: Task) -> dict[str, Tensor]:
             c = torch.where((x_max > 0) & (w_max > 0), c, 1.0).log()
             found[group.name] = (c - c.mean()).exp().to("cpu", torch.float64)
     return found
+
+
+def flat_draft(task: Task) -> Transform:
+    """What stands in for `flat` while its plan is made: WUSH's closed form where learning begins there."""
+    return wush(task) if task.learning.start == "wush" else flat(task)
 
 
 def flat(task: Task) -> Transform:
