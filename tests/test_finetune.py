@@ -128,3 +128,13 @@ def test_the_teacher_is_the_model_in_16_bits(tiny, text_file):
 def test_recipes_that_cannot_be_meant(parts, message):
     with pytest.raises(PhaseQuantError, match=message):
         Recipe.from_dict(parts)
+
+
+def test_blocks_computed_again_for_the_gradient_learn_the_same(tiny, text_file, monkeypatch):
+    runs = []
+    for kept in (0, 2**40):
+        monkeypatch.setattr("phasequant.finetune.distillation.KEPT_BYTES", kept)
+        runs.append(phasequant.quantize(tiny("llama"), recipe(text_file, STEPS)))
+    for (key, a), (_, b) in zip(quant_linears(runs[0].model), quant_linears(runs[1].model), strict=True):
+        assert torch.allclose(a.weight_scale, b.weight_scale, rtol=1e-4), key
+    assert runs[0].origin["finetune"][0]["kept"]

@@ -2,14 +2,15 @@ r"""End-to-end distillation of a quantized model's few continuous parameters (`p
 
     min  E_t KL( p_16bit(· | x_<t) ‖ p_quantized(· | x_<t) )        AdamW, cosine to a hundredth
 
-on calibration text, rounding passed straight through, every block computed again for the gradient. The teacher's
-final hidden states are taken before weights become codes (`teach`), and kept on the host: tokens × width × 4 bytes; its
-logits are made from them a few positions at a time. An eighth of the sequences is held out: where the KL there did not
-fall, everything is put back and that is said. It stops when `finetune.minutes` are over; the cosine then ends there.
+on calibration text, rounding passed straight through; where a sequence's graph would hold more than 4 GiB, every block
+is computed again for the gradient. The teacher's final hidden states are taken before weights become codes (`teach`),
+and kept on the host: tokens × width × 4 bytes; its logits are made from them a few positions at a time. An eighth of
+the sequences is held out: where the KL there did not fall, everything is put back and that is said. It stops when
+`finetune.minutes` are over; the cosine then ends there.
 
 The idea is that of EfficientQAT's second phase (arXiv 2407.11062: step sizes alone, end to end), with KL in place of
-its next-token loss, and clips, norms and branches beside them. Costs a step: two forwards and a backward of
-`finetune.batch` sequences; memory the model with one block's activations (and int8 codes, unpacked).
+its next-token loss, and clips, norms and branches beside them. Costs a step: a forward (or two) and a backward of
+`finetune.batch` sequences, one by one; memory the model, its codes unpacked to int8, and one sequence's graph.
 """
 
 import math
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from phasequant.arch import ModelMap
 from phasequant.console import note, progress, warn
 from phasequant.errors import PhaseQuantError
 from phasequant.finetune.contract import FLOOR, Polished, PolishTask, held_out, optimizer
@@ -30,6 +32,7 @@ from phasequant.numerics import learning_product, multiplies_bfloat16
 from phasequant.stream import BlockStream, resident
 
 ROWS = 512  # of logits at once
+KEPT_BYTES = 4 * 2**30
 
 
 @torch.no_grad()
@@ -63,6 +66,14 @@ class _Recomputed(nn.Module):
         return checkpoint(self.polished.block, x, use_reentrant=False, **arguments)
 
 
+def kept_bytes(model_map: ModelMap, tokens: int) -> int:
+    """About how much a sequence's graph holds, in fp32: a block keeps some 24 tensors of the model's width and 10 of
+    the MLP's."""
+    shape = model_map.shape
+    active = max(shape.active, 1)
+    return 4 * tokens * shape.blocks * (24 * shape.d_model + 10 * active * shape.d_ffn)
+
+
 class _Student:
     """The quantized model with learnable parameters, in place, until `settle`."""
 
@@ -74,7 +85,8 @@ class _Student:
             name = task.map.block_name(index)
             block = task.model.get_submodule(name)
             self.blocks.append(PolishedBlock(block, task.map, self.wants, task.qk.get(index)))
-            replace_module(task.model, name, _Recomputed(self.blocks[-1]))
+            if kept_bytes(task.map, task.tokens.shape[1]) > KEPT_BYTES:
+                replace_module(task.model, name, _Recomputed(self.blocks[-1]))
         self.norm = PolishedNorm(task.model, task.map.family.final_norm, task.map.family.norm, self.wants)
         self.more = (("norms", self.norm.log_gain),) if self.norm.log_gain.requires_grad else ()
 
