@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--swaps", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", "-o", type=Path, default=Path("runs/plan"))
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
@@ -109,11 +108,6 @@ def one(recipe: Recipe, given: argparse.Namespace, found: dict, path: Path) -> N
     if "kl" in kept and given.swaps:
         wanted = budget.with_("policy.score=kl", policy={"a8_share": share, "swaps": given.swaps})
         plans["kl + swaps"] = pipeline.planned(made, wanted, Seen(seen, sensitivity=kept["kl"]))
-    for name in ("gradient", "gradient_loss"):
-        if name in kept and given.rounds > 1:
-            part = {"a8_share": share, "rounds": given.rounds, "check": False}
-            wanted = budget.with_(f"policy.score={name}", policy=part)
-            plans[f"{name} x {given.rounds}"] = pipeline.planned(made, wanted, Seen(seen, sensitivity=kept[name]))
     for name, plan in plans.items():
         if name in found.setdefault("plans", {}):
             continue

@@ -34,7 +34,6 @@ from phasequant.sensitivity import (
     Ask,
     PlanDivergence,
     Runs,
-    Sensitivity,
     bits_of,
     measured_gains,
 )
@@ -132,8 +131,6 @@ def planned(transformed: Transformed, recipe: Recipe | None = None, seen: Seen |
     recipe = recipe or transformed.recipe
     seen = seen or seen_of(transformed, recipe)
     plan = make_plan(recipe, transformed.source.map, seen)
-    if recipe.policy.name == "budget" and recipe.policy.score.startswith("gradient") and seen is not None:
-        plan, seen = _again(plan, transformed, recipe, seen)
     if recipe.policy.name == "budget" and recipe.policy.check and recipe.policy.score in RUNS_MODEL:
         plan = _or_paper(plan, transformed, recipe, seen)
     if recipe.policy.name == "budget" and recipe.policy.swaps and seen is not None:
@@ -156,24 +153,6 @@ def with_measured_gains(plan: PrecisionPlan, transformed: Transformed, recipe: R
         for place, entry in plan.raised.items()
     }
     return replace(plan, raised=raised)
-
-
-def _again(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen) -> tuple[PrecisionPlan, Seen]:
-    """The plan by the mean of the gradients at all-low and under each plan that they led to, for all rounds."""
-    ask, first = _ask(transformed, recipe), seen.sensitivity
-    assert ask is not None and first is not None
-    others: list[Sensitivity] = []
-    for _ in range(recipe.policy.rounds - 1):
-        clipped = with_searched_clips(plan, transformed, recipe)
-        others.append(MEASURES[recipe.policy.score](replace(ask, plan=clipped.activations)))
-        seen = seen.measured(first.mean(others))
-        after = make_plan(recipe, plan.model, seen)
-        note(
-            f"gradient: KL {first.notes['kl']:.4f} at all-low, {others[-1].notes['kl']:.4f} under the plan; "
-            f"{len(set(after.raised) - set(plan.raised))} groups exchanged"
-        )
-        plan = after
-    return plan, seen
 
 
 def _or_paper(plan: PrecisionPlan, transformed: Transformed, recipe: Recipe, seen: Seen | None) -> PrecisionPlan:

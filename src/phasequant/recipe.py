@@ -333,9 +333,6 @@ class PolicyPart(_Part):
     tokens: Annotated[int, Field(ge=2)] = Field(
         1024, description="budget: calibration tokens for scores that run the model (local, fisher, gradient, kl)"
     )
-    rounds: Annotated[int, Field(ge=1)] = Field(
-        1, description="budget, gradient: how often it is measured, the later times under the plan found so far"
-    )
     measured: bool = Field(
         False, description="budget: state for every raised group the KL that it saves in the plan (about a minute)"
     )

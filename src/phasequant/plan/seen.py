@@ -13,13 +13,8 @@ class Seen:
     ) -> None:
         # Of raw ones the last: behind the prefix, where there is one.
         self._by = {("raw" if o.coordinates.startswith("raw") else "transformed"): o for o in observations}
-        self._all = observations
         self.sensitivity = sensitivity
         self.timings = timings
-
-    def measured(self, sensitivity: Sensitivity) -> "Seen":
-        """The same with another sensitivity."""
-        return Seen(*self._all, sensitivity=sensitivity, timings=self.timings)
 
     def at(self, coordinates: str) -> Observations:
         """`raw` or `transformed`; the raw ones serve both where nothing was transformed."""

@@ -5,7 +5,7 @@ own (nats for `kl`); a planner only compares sums of one measure. Grids between 
 choice is measured, except by the measures that are read off a sweep, where rounding noise falls by 4 a bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap, Place
-from phasequant.nn import Activations
 from phasequant.numerics import LinearMap, QuantSpec
 from phasequant.observe import Observations
 
@@ -35,9 +34,8 @@ class Runs:
 class Ask:
     """`seen`: a sweep of the transformed model. `low`: the grid of all; `choices`: the grids that a group may be raised
     to (None: 16 bits). For those that run the model: the transformed model itself with dense weights, activations in 16
-    bits, and calibration sequences. `clips`: of the low grid, group by group, where they were searched. `plan`: what
-    all groups read while `gradient` measures; None: the low grid. `weights`, `kv`: grids of those, the low one first,
-    where they share the budget; `qk`: the map of keys by block."""
+    bits, and calibration sequences. `clips`: of the low grid, group by group, where they were searched. `weights`,
+    `kv`: grids of those, the low one first, where they share the budget; `qk`: the map of keys by block."""
 
     map: ModelMap
     seen: Observations
@@ -46,7 +44,6 @@ class Ask:
     first_token: bool = False
     runs: Runs | None = None
     clips: Mapping[Place, float] = field(default_factory=dict)
-    plan: Activations | None = None
     weights: tuple[QuantSpec, ...] = ()
     kv: tuple[QuantSpec, ...] = ()
     qk: Mapping[int, LinearMap | None] = field(default_factory=dict)
@@ -92,15 +89,6 @@ class Sensitivity:
     def gain(self, place: Place, low: int, high: int) -> float:
         """What raising one group wins."""
         return self.harm[place][low] - self.harm[place][high]
-
-    def mean(self, others: Sequence["Sensitivity"]) -> "Sensitivity":
-        """The mean with others of the same measure, over the same places and bits."""
-        everyone = (self, *others)
-        harm = {
-            place: {bits: sum(one.harm[place][bits] for one in everyone) / len(everyone) for bits in by}
-            for place, by in self.harm.items()
-        }
-        return Sensitivity(self.name, harm, sum(one.seconds for one in everyone), self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

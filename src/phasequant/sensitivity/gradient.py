@@ -1,13 +1,14 @@
-r"""Gradient of the model's KL in the noise of each group, under a plan (all-low at first):
+r"""Gradient of the model's KL in the noise of each group, at all-low:
 
-    harm(g, b) = Σ_t ⟨ ∂KL/∂y_t , W·(Q_b(x_t) - x_t) ⟩        ∂KL/∂y where every group reads y = W·Q_plan(x)
+    harm(g, b) = Σ_t ⟨ ∂KL/∂y_t , W·(Q_b(x_t) - x_t) ⟩        ∂KL/∂y where every group reads y = W·Q_low(x)
 
 KL is to the 16-bit model, on calibration tokens, rounding passed straight through. Where `fisher` weighs each group's
 noise as if it were alone, this is taken where all the others round too, so what noises have in common counts; and
 where `kl` takes a difference of two runs of a model that answers a flipped code with another one, a gradient does not
-see such chaos. To first order it is what raising a group wins; the mean of the gradients at all-low and under the plan
-that they led to (`policy.rounds: 2`) is right to second order, as a trapezoid is. Where weights and KV share the budget
-(`policy.allow`), they are rounded too (weights to nearest: more noise than GPTQ leaves), and
+see such chaos. To first order it is what raising a group wins. (The mean with the gradient under the plan that it led
+to should be right to second order; measured, it chose worse: LOG.md.) `gradient_loss` is the same of the loss of the
+next token on the calibration text. Where weights and KV share the budget (`policy.allow`), they are rounded too
+(weights to nearest: more noise than GPTQ leaves), and
 
     harm(weights of g, b) = Σ_t ⟨ ∂KL/∂y_t , x̂_t·(Q_b(W) - W)ᵀ ⟩
     harm(KV of a block, b) = Σ_t ⟨ ∂KL/∂k_t , Q_b(k_t) - k_t ⟩ + the same of v
@@ -163,9 +164,9 @@ def _gradient(ask: Ask, name: str, of_loss: bool) -> Sensitivity:
             linear = ask.run.model.get_submodule(name)
             assert isinstance(linear, QuantLinear)
             own = [found for spec in specs if (found := ask.at((block, group), spec))]
-            now = ask.at((block, group), ask.low) if ask.plan is None else ask.plan[block, group]
+            now = ask.at((block, group), ask.low)
             of_weights = sums.get((block, WEIGHTS + group), {})
-            hooks.append(_noisy(linear, now and now.dynamic, own, sums[block, group], ask.weights, of_weights))
+            hooks.append(_noisy(linear, now, own, sums[block, group], ask.weights, of_weights))
         return hooks
 
     with in_16_bits(ask.run.model), resident(ask.run.model, ask.run.device):
