@@ -173,3 +173,19 @@ def test_how_weights_were_rounded_is_said(tmp_path):
     assert "Method gptq + tsvd: 8.0 s, at most 1.00 GiB" in page and "12,345 multiply-adds" in page
     assert "0.400 %" in page and "block 1, down: rtn, because the Hessian is not finite" in page
     assert "How the weights were rounded" not in write_page(make_report(), tmp_path).read_text()
+
+
+def test_more_bits_beside_the_groups_are_told(tmp_path):
+    report = make_report()
+    plan = {
+        **report["plan"],
+        "rows": {"by": "absmax", "share": 0.05, "above": {}},
+        "weights_raised": {"1.down": {"bits": 8, "why": "its weights drown the rest"}},
+        "kv_raised": {"2": {"bits": 8, "why": "its keys matter"}},
+    }
+    report = {**report, "plan": plan, "plans": {**report["plans"], plan["policy"]: plan}}
+    sentences = " ".join(summary(report))
+    assert "the 5 % of the tokens with the largest absmax on the calibration text read 8 bits" in sentences
+    assert "the weights of 1 groups" in sentences and "the keys and values of 1 blocks" in sentences
+    html = write_page(report, tmp_path).read_text(encoding="utf-8")
+    assert "weights of down" in html and "its keys matter" in html

@@ -237,13 +237,28 @@ def about_plan(report: Json) -> str:
     plan, total = report["plan"], len(report["observations"]["raw"]["groups"])
     low = bits(plan["low"])
     if not plan["raised"]:
-        return f"The plan ({plan['policy']}) raises nothing: all {total} groups read {low} bits."
+        return f"The plan ({plan['policy']}) raises nothing: all {total} groups read {low} bits.{_more(plan)}"
     high = " or ".join(map(str, sorted({entry["bits"] for entry in plan["raised"].values()})))
     share = f", {100 * plan['a8_share']:.1f} % of the linear multiply-adds" if high == "8" else ""
     return (
         f"The plan ({plan['policy']}) lets {len(plan['raised'])} of {total} groups read {high} bits{share}; "
-        f"the others stay at {low}."
+        f"the others stay at {low}.{_more(plan)}"
     )
+
+
+def _more(plan: Json) -> str:
+    """What a plan gives more bits beside the inputs of groups; plans of older reports say nothing of it."""
+    told = ""
+    if plan.get("rows"):
+        share, by = 100 * plan["rows"]["share"], plan["rows"]["by"]
+        told += f" In those, the {share:g} % of the tokens with the largest {by} on the calibration text read 8 bits."
+    for key, what in (
+        ("weights_raised", "the weights of {} groups"),
+        ("kv_raised", "the keys and values of {} blocks"),
+    ):
+        if plan.get(key):
+            told += f" More bits have {what.format(len(plan[key]))}."
+    return told
 
 
 def about_results(report: Json) -> str:
@@ -264,6 +279,10 @@ def about_results(report: Json) -> str:
 def plan_rows(plan: Json) -> Json:
     """A plan's size and its raised groups."""
     rows = [(*place.split(".", 1), entry["bits"], entry["why"]) for place, entry in plan["raised"].items()]
+    for place, entry in plan.get("weights_raised", {}).items():
+        block, group = place.split(".", 1)
+        rows.append((block, f"weights of {group}", entry["bits"], entry["why"]))
+    rows += [(block, "KV", entry["bits"], entry["why"]) for block, entry in plan.get("kv_raised", {}).items()]
     return {"policy": plan["policy"], "low": bits(plan["low"]), "a8": f"{100 * plan['a8_share']:.1f}", "rows": rows}
 
 
