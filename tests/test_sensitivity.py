@@ -344,7 +344,7 @@ def test_kv_alone_may_be_raised(tiny, text_file, tmp_path):
     assert [b == 8 for b in bits] == [block in run.plan.kv_raised for block in run.map.blocks]
 
 
-def test_the_gradient_is_that_of_kl_in_how_much_of_each_noise_is_let_in(ask):
+def test_the_gradient_is_that_of_kl_and_loss_in_how_much_of_each_noise_is_let_in(ask):
     found = MEASURES["gradient"](ask)
     model, shares, hooks = ask.run.model, {}, []
     total = 0.0
@@ -362,7 +362,7 @@ def test_the_gradient_is_that_of_kl_in_how_much_of_each_noise_is_let_in(ask):
         with torch.enable_grad():
             q = model(row[None], use_cache=False).logits[0].log_softmax(-1)
             loss = (p.exp() * (p - q)).sum()
-            loss.backward()
+            (loss - q[:-1].gather(1, row[1:, None]).sum()).backward()
         total += float(loss.detach())
         for hook in hooks:
             hook.remove()
@@ -381,9 +381,8 @@ def test_the_gradient_speaks_of_weights_and_kv_too(tiny, text_file):
     found = MEASURES["gradient"](ask)
     assert {name for _, name in found.harm} == {"qkv", "o", "gate_up", "down", "kv", *(
         f"weights:{g}" for g in ("qkv", "o", "gate_up", "down"))}  # fmt: skip
-    assert sum(found.harm[p][4] for p in found.harm) > 0
-    for place, by in found.harm.items():
-        assert abs(by[8]) <= max(0.35 * abs(by[4]), 2e-3), place  # 8 bits leave a sixteenth of the noise
+    sizes = [[abs(by[bits]) for by in found.harm.values()] for bits in (4, 8)]
+    assert 0 < sum(sizes[1]) < 0.3 * sum(sizes[0])  # 8 bits leave a sixteenth of the noise
 
 
 @pytest.mark.parametrize(

@@ -306,13 +306,11 @@ class PolicyPart(_Part):
         "auto", description="their grid: int (auto where activations are), or fp8 (auto where activations are fp4)"
     )
     clip: Fraction = Field(1.0, description="clip of raised groups, which have codes to spare for the largest values")
-    score: Literal[
-        "noise", "gsr", "ratio", "jr_snr", "local", "fisher", "gradient", "gradient_loss", "kl", "kl_alone"
-    ] = Field(
+    score: Literal["noise", "gsr", "ratio", "jr_snr", "local", "fisher", "gradient", "kl", "kl_alone"] = Field(
         "gradient",
         description="budget: how harm is measured: noise in the residual stream; gsr; ratio (QFeM); jr_snr "
-        "(DynamicPTQ); local output error; fisher (one backward pass, in 16 bits); gradient (of KL, all low); kl of "
-        "the model, raised from all-low or alone",
+        "(DynamicPTQ); local output error; fisher (one backward pass, in 16 bits); gradient (of KL and loss, all low); "
+        "kl of the model, raised from all-low or alone",
     )
     choices: tuple[Literal[5, 6, 7, 8, 16], ...] = Field(
         (), description="budget: what groups may be raised to; empty: policy.bits alone"

@@ -110,7 +110,7 @@ def spend(recipe: Recipe, model_map: ModelMap, seen: Seen, low: QuantSpec) -> Sp
 
 UNITS = {"noise": "noise in the residual stream", "kl": "nats a token of KL", "kl_alone": "nats a token of KL",
          "fisher": "nats a token by the Fisher form",
-         "gradient": "nats a token of KL, to first order", "local": "error of its output"}  # fmt: skip
+         "gradient": "nats a token of KL and loss, to first order", "local": "error of its output"}  # fmt: skip
 
 
 def _why(found: Sensitivity, place: Place, rank: int, of: int, low: int, bits: int, price: Prices) -> str:

@@ -3,7 +3,7 @@
 from phasequant.sensitivity.closed import gsr, jr_snr, noise, ratio
 from phasequant.sensitivity.contract import KV, WEIGHTS, Ask, Runs, Sensitivity, bits_of
 from phasequant.sensitivity.fisher import fisher
-from phasequant.sensitivity.gradient import gradient, gradient_loss
+from phasequant.sensitivity.gradient import gradient
 from phasequant.sensitivity.kl import PlanDivergence, kl, kl_alone, measured_gains
 from phasequant.sensitivity.local import local
 
@@ -15,13 +15,12 @@ MEASURES = {
     "local": local,
     "fisher": fisher,
     "gradient": gradient,
-    "gradient_loss": gradient_loss,
     "kl": kl,
     "kl_alone": kl_alone,
 }
 """Name in the recipe → measure."""
 
-RUNS_MODEL = frozenset({"local", "fisher", "gradient", "gradient_loss", "kl", "kl_alone"})
+RUNS_MODEL = frozenset({"local", "fisher", "gradient", "kl", "kl_alone"})
 """Those that run the model; the others are read off a sweep."""
 
 __all__ = [

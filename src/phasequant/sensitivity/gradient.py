@@ -1,17 +1,18 @@
-r"""Gradient of the model's KL in the noise of each group, at all-low:
+r"""Gradient of what rounding costs the model, in the noise of each group, at all-low:
 
-    harm(g, b) = Σ_t ⟨ ∂KL/∂y_t , W·(Q_b(x_t) - x_t) ⟩        ∂KL/∂y where every group reads y = W·Q_low(x)
+    harm(g, b) = Σ_t ⟨ ∂L/∂y_t , W·(Q_b(x_t) - x_t) ⟩        ∂L/∂y where every group reads y = W·Q_low(x)
+    L = KL to the 16-bit model + loss of the next token, on calibration tokens; rounding passed straight through
 
-KL is to the 16-bit model, on calibration tokens, rounding passed straight through. Where `fisher` weighs each group's
+The loss is what perplexity is made of, but noisy on few tokens; KL is not noisy, but what it gains most from is not
+what the loss does: their sum chose better plans than either (LOG.md). Where `fisher` weighs each group's
 noise as if it were alone, this is taken where all the others round too, so what noises have in common counts; and
 where `kl` takes a difference of two runs of a model that answers a flipped code with another one, a gradient does not
 see such chaos. To first order it is what raising a group wins. (The mean with the gradient under the plan that it led
-to should be right to second order; measured, it chose worse: LOG.md.) `gradient_loss` is the same of the loss of the
-next token on the calibration text. Where weights and KV share the budget (`policy.allow`), they are rounded too
-(weights to nearest: more noise than GPTQ leaves), and
+to should be right to second order; measured, it chose worse: LOG.md.) Where weights and KV share the budget
+(`policy.allow`), they are rounded too (weights to nearest: more noise than GPTQ leaves), and
 
-    harm(weights of g, b) = Σ_t ⟨ ∂KL/∂y_t , x̂_t·(Q_b(W) - W)ᵀ ⟩
-    harm(KV of a block, b) = Σ_t ⟨ ∂KL/∂k_t , Q_b(k_t) - k_t ⟩ + the same of v
+    harm(weights of g, b) = Σ_t ⟨ ∂L/∂y_t , x̂_t·(Q_b(W) - W)ᵀ ⟩
+    harm(KV of a block, b) = Σ_t ⟨ ∂L/∂k_t , Q_b(k_t) - k_t ⟩ + the same of v
 
 Costs, for the tokens, two forward passes and one backward; memory as `fisher`.
 """
@@ -114,8 +115,8 @@ def _noisy_kv(ask: Ask, sums: dict[Place, Sums]) -> Iterator[None]:
             model.config._attn_implementation, decoder.config._attn_implementation = before
 
 
-def _run(ask: Ask, row: Tensor, sums: dict[Place, Sums], hooked: Any, of_loss: bool) -> float:
-    """One sequence; its KL (`of_loss`: the loss of its next tokens) summed over tokens."""
+def _run(ask: Ask, row: Tensor, sums: dict[Place, Sums], hooked: Any) -> float:
+    """One sequence; its KL summed over tokens."""
     embeddings = ask.run.model.get_submodule(ask.map.family.embeddings)
     ids = row[None].to(embeddings.weight.device)
     with torch.no_grad():
@@ -125,28 +126,16 @@ def _run(ask: Ask, row: Tensor, sums: dict[Place, Sums], hooked: Any, of_loss: b
         with torch.enable_grad(), _noisy_kv(ask, sums):
             inputs = embeddings(ids).detach().requires_grad_(True)
             q = ask.run.model(inputs_embeds=inputs, use_cache=False).logits[0].float().log_softmax(-1)
-            if of_loss:
-                loss = nn.functional.nll_loss(q[:-1], ids[0, 1:], reduction="sum")
-            else:
-                loss = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
-            loss.backward()
+            divergence = nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+            (divergence + nn.functional.nll_loss(q[:-1], ids[0, 1:], reduction="sum")).backward()
     finally:
         for hook in hooks:
             hook.remove()
-    return float(loss.detach())
+    return float(divergence.detach())
 
 
 def gradient(ask: Ask) -> Sensitivity:
-    """Of the KL to the 16-bit model."""
-    return _gradient(ask, "gradient", of_loss=False)
-
-
-def gradient_loss(ask: Ask) -> Sensitivity:
-    """Of the loss on the calibration text: what perplexity is made of, and noisier."""
-    return _gradient(ask, "gradient_loss", of_loss=True)
-
-
-def _gradient(ask: Ask, name: str, of_loss: bool) -> Sensitivity:
+    """See the module's docstring."""
     begun = time.monotonic()
     specs = [spec for spec in (ask.low, *ask.choices) if spec is not None]
     sums: dict[Place, dict[int, float]] = {p: dict.fromkeys((s.bits for s in specs), 0.0) for p in ask.places}
@@ -171,10 +160,10 @@ def _gradient(ask: Ask, name: str, of_loss: bool) -> Sensitivity:
 
     with in_16_bits(ask.run.model), resident(ask.run.model, ask.run.device):
         for row in ask.run.tokens:
-            total += _run(ask, row, sums, hooked, of_loss)
+            total += _run(ask, row, sums, hooked)
     tokens = ask.run.tokens.numel()
     harm = {place: {bits: value / tokens for bits, value in by.items()} for place, by in sums.items()}
     for choice in ask.choices:
         for place in ask.places:
             harm[place].setdefault(bits_of(choice), 0.0)
-    return Sensitivity(name, harm, time.monotonic() - begun, {"kl": total / tokens})
+    return Sensitivity("gradient", harm, time.monotonic() - begun, {"kl": total / tokens})
