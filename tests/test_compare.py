@@ -122,3 +122,21 @@ def test_observations_of_a_row_are_of_what_it_ran(setup):
     result, _ = compare(model, ["flat"], policies=["uniform", "paper"], **options)
     uniform, paper = result["rows"]
     assert uniform["gsr"] != paper["gsr"] and uniform["gsr_raw"] == paper["gsr_raw"]
+
+
+def test_a_polished_recipe_has_codes_and_polish_of_each_plan(saved, text_file, tmp_path):
+    recipe = tmp_path / "polished.yaml"
+    recipe.write_text(
+        "compose: [w4, a4, kv4]\ntransform: {method: quarot}\n"
+        "activations: {token_policy: absmax, token_share: 0.1}\n"
+        "finetune: {steps: 2, sequences: 4, seqlen: 32, batch: 1}\n"
+        f"calibration: {{text: {text_file}, sequences: 2, seqlen: 64}}\n"
+    )
+    result, _ = compare(
+        saved("llama"), [str(recipe)], output=tmp_path / "out", policies=["uniform", "paper"], text=text_file,
+        chunks=1, seqlen=64,
+    )  # fmt: skip
+    rows = result["rows"]
+    assert [row["policy"] for row in rows] == ["uniform", "paper"] and not any(row["error"] for row in rows)
+    assert all(row["weights"] == "rtn + polish" for row in rows)
+    assert rows[0]["figures"]["4"]["rows"] > 0 and rows[1]["figures"]["4"]["rows"] is None  # all three blocks are raised

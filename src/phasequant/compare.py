@@ -114,11 +114,12 @@ def _gsr(seen: Observations) -> tuple[float, dict[str, float]]:
 def _weights_label(recipe: Recipe, run: Quantized) -> str:
     """The weight methods of a row, with what did not go as asked."""
     told = run.origin["weights"]
+    polish = " + polish" if recipe.finetune.on else ""
     if told is None:
-        return ""
+        return polish.removeprefix(" + ")
     branch = "" if recipe.lowrank.method == "none" else f" + {recipe.lowrank.method}"
     fallen = sum(entry["why"] is not None for entry in told["groups"])
-    return recipe.weights.method + branch + (f" ({fallen} groups fell back)" if fallen else "")
+    return recipe.weights.method + branch + polish + (f" ({fallen} groups fell back)" if fallen else "")
 
 
 class _Comparison:
