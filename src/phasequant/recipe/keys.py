@@ -1,22 +1,11 @@
-"""A recipe says what is wanted: one frozen, validated description of a run.
+"""The parts of a recipe: one frozen model for each, every key with its meaning, type and default."""
 
-    YAML ⇄ Recipe ⇄ Python       without loss; unknown keys are errors with the nearest right name
+from typing import Annotated, Literal
 
-A YAML file may start from presets or small parts with `compose: [a, b]` (one level: what it composes may not compose
-further); later ones win over earlier ones, the file's own keys over all, and `--set a.b=c` over the file. `phasequant
-recipes NAME` prints the whole of one, with a comment on every key: the descriptions below are that documentation.
-"""
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from phasequant.errors import PhaseQuantError, did_you_mean
+from phasequant.errors import PhaseQuantError
 from phasequant.numerics import QuantSpec
-from phasequant.presets import merge, override, parts, presets, read, resolve
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -27,11 +16,11 @@ def _start(clip: float | str) -> float:
     return 1.0 if clip in ("learned", "searched") else float(clip)
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class TransformPart(_Part):
+class TransformPart(Part):
     """Making activations flat."""
 
     method: Literal["none", "quarot", "smooth", "os-plus", "dfrot", "frtq", "spin", "flat", "wush", "load"] = Field(
@@ -48,7 +37,7 @@ class TransformPart(_Part):
     file: str | None = Field(None, description="load: a transform saved earlier, or SpinQuant's rotations (.bin)")
 
 
-class RotationPart(_Part):
+class RotationPart(Part):
     """Where and how rotations act."""
 
     where: Literal["folded", "online"] = Field(
@@ -82,7 +71,7 @@ class RotationPart(_Part):
     target: Literal["uniform", "sign"] = Field("uniform", description="frtq: what each token's values are pulled to")
 
 
-class LearningPart(_Part):
+class LearningPart(Part):
     """How transforms and clips are learned from data."""
 
     sequences: Annotated[int, Field(ge=1)] = Field(128, description="how many sequences, at most")
@@ -115,7 +104,7 @@ class LearningPart(_Part):
     )
 
 
-class WeightsPart(_Part):
+class WeightsPart(Part):
     """Weights of the linears inside the blocks."""
 
     method: Literal["rtn", "gptq"] = Field(
@@ -175,7 +164,7 @@ class WeightsPart(_Part):
         return QuantSpec(self.bits, self.symmetric, self.granularity, self.group_size, clip)
 
 
-class LowRankPart(_Part):
+class LowRankPart(Part):
     """A 16-bit branch of low rank beside the codes of every linear."""
 
     method: Literal["none", "svd", "loftq", "tsvd"] = Field(
@@ -201,7 +190,7 @@ class LowRankPart(_Part):
         return 0 if self.method == "none" else dict(self.ranks).get(group, self.rank)  # type: ignore[call-overload]
 
 
-class ActivationsPart(_Part):
+class ActivationsPart(Part):
     """What every linear inside the blocks reads."""
 
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized; a policy may raise groups above this")
@@ -269,7 +258,7 @@ class ActivationsPart(_Part):
         return QuantSpec(self.bits, self.symmetric, granularity, None, _start(self.clip), static=static)
 
 
-class KvPart(_Part):
+class KvPart(Part):
     """The KV cache."""
 
     bits: Bits = Field(16, description="2 to 8, or 16: not quantized")
@@ -293,7 +282,7 @@ class KvPart(_Part):
         return QuantSpec(self.bits, self.symmetric, "group", size, _start(self.clip))
 
 
-class PolicyPart(_Part):
+class PolicyPart(Part):
     """Which groups read more bits than `activations.bits`."""
 
     name: Literal["uniform", "paper", "threshold", "budget"] = Field(
@@ -353,7 +342,7 @@ class PolicyPart(_Part):
     first_token: bool = Field(False, description="threshold: whether each sequence's first token counts in the means")
 
 
-class PrefixPart(_Part):
+class PrefixPart(Part):
     """Tokens whose keys and values stay in 16 bits before every sequence."""
 
     method: Literal["none", "qfep", "prefixquant", "bos", "tokens"] = Field(
@@ -369,7 +358,7 @@ class PrefixPart(_Part):
     )
 
 
-class ExcludePart(_Part):
+class ExcludePart(Part):
     """Groups of linears whose inputs are left out of the low grid because a few tokens dominate them."""
 
     method: Literal["none", "qfem"] = Field(
@@ -389,7 +378,7 @@ class ExcludePart(_Part):
     )
 
 
-class FinetunePart(_Part):
+class FinetunePart(Part):
     """Polishing what stays continuous beside the codes; nothing is added to inference."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(
@@ -418,7 +407,7 @@ class FinetunePart(_Part):
         return bool(self.epochs or self.steps)
 
 
-class CalibrationPart(_Part):
+class CalibrationPart(Part):
     """The text that metrics and plans are measured on; never the one that is evaluated."""
 
     text: str = Field("builtin", description="builtin, a UTF-8 file, wikitext2, c4")
@@ -426,185 +415,9 @@ class CalibrationPart(_Part):
     seqlen: Annotated[int, Field(ge=2)] = Field(512, description="tokens in each")
 
 
-class StoragePart(_Part):
+class StoragePart(Part):
     """What is not quantized: embeddings, norms, head."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="their type in the checkpoint; auto: the source model's, bfloat16 if that is float32"
     )
-
-
-class Recipe(_Part):
-    """The whole recipe. `Recipe()` quantizes nothing."""
-
-    transform: TransformPart = Field(TransformPart(), description="making activations flat")
-    rotation: RotationPart = Field(RotationPart(), description="where and how rotations act")
-    learning: LearningPart = Field(LearningPart(), description="how transforms and clips are learned from data")
-    weights: WeightsPart = Field(WeightsPart(), description="weights of the linears inside the blocks")
-    lowrank: LowRankPart = Field(LowRankPart(), description="a 16-bit branch beside the codes")
-    activations: ActivationsPart = Field(ActivationsPart(), description="what those linears read")
-    kv: KvPart = Field(KvPart(), description="the KV cache")
-    policy: PolicyPart = Field(PolicyPart(), description="which groups read more bits than activations.bits")
-    prefix: PrefixPart = Field(PrefixPart(), description="tokens kept in 16-bit KV before every sequence")
-    exclude: ExcludePart = Field(ExcludePart(), description="modules left unquantized")
-    finetune: FinetunePart = Field(FinetunePart(), description="polishing scales, clips, norms and branches")
-    calibration: CalibrationPart = Field(CalibrationPart(), description="text that metrics and plans are measured on")
-    storage: StoragePart = Field(StoragePart(), description="what is not quantized: embeddings, norms, head")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice (signs of rotations)")
-
-    @property
-    def learned_clips(self) -> frozenset[str]:
-        """Which of weights, activations, kv have clips that are learned."""
-        parts: dict[str, WeightsPart | ActivationsPart | KvPart] = {
-            "weights": self.weights,
-            "activations": self.activations,
-            "kv": self.kv,
-        }
-        return frozenset(name for name, part in parts.items() if part.clip == "learned" and part.bits < 16)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Recipe":
-        method, learning = self.transform.method, self.learning
-        spin = method == "spin"
-        if self.lowrank.method != "none" and self.weights.bits == 16:
-            raise ValueError("lowrank goes beside codes: set weights.bits below 16")
-        if self.finetune.on and self.weights.bits == self.activations.bits == self.kv.bits == 16:
-            raise ValueError("finetune polishes a quantized model: set weights.bits, activations.bits or kv.bits")
-        if (self.prefix.method == "tokens") != bool(self.prefix.tokens):
-            raise ValueError("prefix.tokens goes with prefix.method=tokens, and only with it")
-        if self.exclude.method != "none":
-            if self.activations.bits == 16:
-                raise ValueError("exclude leaves inputs out of a grid: set activations.bits below 16")
-            if self.exclude.bits == 8 and self.activations.bits == 8 and self.activations.granularity == "token":
-                raise ValueError("exclude.bits=8 changes nothing where all inputs read 8 bits a token: set it to 16")
-        if (method == "load") != (self.transform.file is not None):
-            raise ValueError("transform.file goes with transform.method=load, and only with it")
-        raised = self.policy.format
-        if "fp8" in (raised, "fp8" if raised == "auto" and self.activations.format != "int" else "") and (
-            self.policy.name != "uniform" and self.policy.bits not in (8, 16)
-        ):
-            raise ValueError("policy.format=fp8 is 8 bits: set policy.bits=8, or policy.format=int")
-        if self.policy.price == "bits" and self.activations.bits >= 8 and self.policy.name == "budget":
-            raise ValueError("policy.price=bits counts bits towards 8: it needs activations.bits below 8")
-        for kind, spec in (("weights", self.weights), ("kv", self.kv)):
-            allowed = self.policy.allow.get(kind)  # type: ignore[call-overload]
-            if allowed and (spec.bits == 16 or min(allowed) <= spec.bits or getattr(spec, "format", "int") != "int"):
-                raise ValueError(
-                    f"policy.allow raises {kind} above {kind}.bits, on integer grids: set {kind}.bits below "
-                    f"{min(allowed)}"
-                )
-        if self.policy.allow and (self.policy.score != "gradient" or self.policy.price != "bytes" or self.policy.swaps):
-            raise ValueError(
-                "policy.allow has weights, KV and activations share one budget: it needs policy.score=gradient, which "
-                "measures all three, policy.price=bytes, which all three have, and policy.swaps=0"
-            )
-        if set(self.policy.choices) - {8, 16} and (
-            raised == "fp8" or (raised == "auto" and self.activations.format != "int")
-        ):
-            raise ValueError("raised groups read fp8, which is 8 bits: policy.choices can hold 8 and 16 alone")
-        learns = method in ("flat", "spin") or self.learned_clips
-        for part in (self.activations, self.weights):
-            if learns and part.format != "int" and part.bits < 16:
-                raise ValueError(f"nothing can be learned through {part.format} grids yet: take integer ones")
-        if learning.optimizer in ("cayley", "qr-orth") and not spin:
-            raise ValueError(f"learning.optimizer={learning.optimizer} learns rotations: it goes with spin")
-        if learning.loss in ("ce", "kl") and not spin:
-            raise ValueError(f"learning.loss={learning.loss} is of a whole model: it goes with spin; take mse or token")
-        if learning.loss in ("mse", "token") and spin:
-            raise ValueError(f"learning.loss={learning.loss} is of one block: spin learns by ce or kl")
-        if self.rotation.where == "online" and method in ("none", "smooth", "os-plus", "load"):
-            raise ValueError(f"rotation.where=online has no meaning with transform.method={method}: it does not choose")
-        if self.rotation.heads == "apart" and method not in ("quarot", "dfrot", "frtq"):
-            raise ValueError(f"rotation.heads=apart goes with quarot, dfrot and frtq; {method} decides that itself")
-        if self.rotation.block is not None and (method, self.rotation.where) != ("quarot", "online"):
-            raise ValueError("rotation.block goes with transform.method=quarot and rotation.where=online")
-        if learning.optimizer == "adamw" and spin:
-            raise ValueError("learning.optimizer=adamw does not keep rotations orthogonal: use cayley, qr-orth or zeta")
-        return self
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """Validated; every problem is a `PhaseQuantError` that names the key and the nearest right one."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise PhaseQuantError("\n".join(_explain(problem) for problem in error.errors())) from error
-
-    @classmethod
-    def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
-        """A preset by name or a YAML file, with `a.b=c` overrides."""
-        values = resolve(read(str(name)))
-        for text in overrides:
-            override(values, text)
-        return cls.from_dict(values)
-
-    def with_(self, *overrides: str, **parts: Mapping[str, Any]) -> "Recipe":
-        """A changed copy: `recipe.with_("weights.bits=8", kv={"bits": 16})`."""
-        values = self.model_dump()
-        for part, changes in parts.items():
-            merge(values, {part: changes})
-        for text in overrides:
-            override(values, text)
-        return self.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return self.model_dump()
-
-    def to_yaml(self) -> str:
-        """The whole recipe, with a comment above every key: meaning, type, default."""
-        return "\n".join(_commented(type(self), self.model_dump(), "")) + "\n"
-
-
-def _type_name(annotation: Any) -> str:
-    if annotation is type(None):
-        return "null"
-    if get_origin(annotation) is dict:
-        return "mapping"
-    arguments = get_args(annotation)
-    if not arguments:
-        return getattr(annotation, "__name__", str(annotation))
-    if "Literal" in str(annotation).split("[")[0]:
-        return " | ".join(str(a) for a in arguments)
-    if "Annotated" in str(type(annotation)):
-        return _type_name(arguments[0])
-    return " | ".join(_type_name(a) for a in arguments)
-
-
-def _commented(model: type[BaseModel], values: Mapping[str, Any], indent: str) -> list[str]:
-    lines = []
-    for name, info in model.model_fields.items():
-        value = values[name]
-        part = info.annotation
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            lines += ["", f"{indent}# {info.description}", f"{indent}{name}:"]
-            lines += _commented(part, value, indent + "  ")
-        else:
-            default = yaml.safe_dump(info.default, default_flow_style=True).splitlines()[0]
-            shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
-            if not indent:
-                lines.append("")
-            lines.append(f"{indent}# {info.description} [{_type_name(info.annotation)}; default {default}]")
-            lines.append(f"{indent}{name}: {shown}")
-    return lines[1:] if not indent else lines
-
-
-def _explain(problem: Any) -> str:
-    place = [str(step) for step in problem["loc"]]
-    if not place:
-        return f"the recipe does not fit together: {problem['msg'].removeprefix('Value error, ')}"
-    fields: Mapping[str, Any] = Recipe.model_fields
-    if len(place) > 1 and place[0] in fields:
-        fields = fields[place[0]].annotation.model_fields
-    path = ".".join(place[:2])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown recipe key '{path}': {did_you_mean(place[-1], fields)}"
-    given = problem.get("input")
-    if problem["type"] == "literal_error" and isinstance(given, str):
-        choices = [a for a in get_args(fields[place[1]].annotation) if isinstance(a, str)] if len(place) > 1 else []
-        if choices:
-            return f"recipe key '{path}' cannot be '{given}': {did_you_mean(given, choices)}"
-    return f"recipe key '{path}' cannot be {given!r}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-__all__ = ["Recipe", "parts", "presets"]
