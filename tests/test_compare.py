@@ -139,4 +139,6 @@ def test_a_polished_recipe_has_codes_and_polish_of_each_plan(saved, text_file, t
     rows = result["rows"]
     assert [row["policy"] for row in rows] == ["uniform", "paper"] and not any(row["error"] for row in rows)
     assert all(row["weights"] == "rtn + polish" for row in rows)
-    assert rows[0]["figures"]["4"]["rows"] > 0 and rows[1]["figures"]["4"]["rows"] is None  # all three blocks are raised
+    assert (
+        rows[0]["figures"]["4"]["rows"] > 0 and rows[1]["figures"]["4"]["rows"] is None
+    )  # all three blocks are raised

@@ -468,3 +468,16 @@ def test_a_branch_without_its_hessian_is_told(tiny, text_file, monkeypatch, caps
     run = phasequant.quantize(tiny("llama-one"), recipe)
     assert all("chosen without data: no factor" in entry["why"] for entry in run.origin["weights"]["groups"])
     assert "did not go as asked" in " ".join(capsys.readouterr().err.split())
+
+
+def test_calibration_longer_than_the_model_is_shortened_and_said(tiny, text_file, capsys):
+    recipe = Recipe.from_dict(
+        {
+            "weights": {"bits": 4, "method": "gptq", "seqlen": 600, "sequences": 1},
+            "prefix": {"method": "bos"},
+            "calibration": {"text": str(text_file), "sequences": 1, "seqlen": 64},
+        }
+    )
+    phasequant.quantize(tiny("opt"), recipe)  # whose table of positions ends there
+    said = capsys.readouterr().err
+    assert "weights: sequences of 511 tokens, not 600: the model has 512 positions, 1 of them the prefix's" in said

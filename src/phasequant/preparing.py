@@ -79,6 +79,12 @@ def check_fresh(source: Source) -> None:
 def cut(source: Source, recipe: Recipe, seqlen: int, most: int, use: str) -> Int[Tensor, "sequences T"]:
     """The recipe's calibration text in other sequences; said where there are fewer."""
     corpus = text.find(recipe.calibration.text, "calibration")
+    longest = getattr(source.model.config, "max_position_embeddings", None)
+    before = 0 if source.prefix is None else len(source.prefix.tokens)
+    if isinstance(longest, int) and seqlen + before > longest:
+        behind = f", {before} of them the prefix's" if before else ""
+        note(f"{use}: sequences of {longest - before} tokens, not {seqlen}: the model has {longest} positions{behind}")
+        seqlen = longest - before
     tokens = text.cut(corpus, source.tokenizer, seqlen, most)
     if len(tokens) < most:
         note(f"{use}: calibration text {corpus.source} holds {len(tokens)} sequences of {seqlen}: all are used")
