@@ -208,3 +208,25 @@ def test_interrupt_leaves_nothing(saved, tmp_path):
     assert process.returncode == 130, begun + stderr
     assert "Traceback" not in stderr
     assert [p.name for p in tmp_path.iterdir()] == ["model-llama"]
+
+
+def test_bench_times_every_group_at_every_width(run, saved):
+    folder = saved("llama")
+    status, stdout, stderr = run("bench", folder, "--tokens", 8, "--bits", "4,8,16", "--json")
+    found = last_json(stdout)
+    assert status == 0 and len(found["linears"]) == 12 and "a block's linears at 4 bits" in stderr
+    assert all(row["microseconds"] > 0 and row["kernel"] for row in found["linears"])
+    for bits, message in (("4,nine", "'nine' is not a whole number"), ("1", "2 to 8 bits"), ("", "not none")):
+        status, _, stderr = run("bench", folder, "--bits", bits)
+        assert status == 2 and message in stderr
+
+
+def test_allow_lets_weights_and_kv_share_the_budget(run, saved, text_file, tmp_path):
+    folder = saved("llama")
+    common = ["--a8-share", "0.5", "--calib", text_file, *CALIB, "--set", "policy.tokens=64", "--json"]
+    status, stdout, _ = run("quantize", folder, "-o", tmp_path / "a", "--allow", "weights=4,8 kv=4,8", *common)
+    found = last_json(stdout)
+    assert status == 0 and found["weights_raised"] and "more bits for weights of" in stdout
+    for word, message in (("heads=8", "weights"), ("weights=eight", "not a whole number")):
+        status, _, stderr = run("quantize", folder, "-o", tmp_path / "b", "--allow", word, *common)
+        assert status == 2 and message in stderr
