@@ -37,6 +37,8 @@ from phasequant.weight.lowrank import Branch, split
 from phasequant.weight.moments import Moments, best_weights, shrunk
 from phasequant.weight.rtn import round_to_nearest
 
+ROWS_A_CHANNEL = 8  # fewer, and a solve towards outputs fits what is noise
+
 Clips = Mapping[str, Float[Tensor, "O G"]]
 
 
@@ -156,6 +158,12 @@ def _without_data(task: WeightTask) -> Iterator[dict[str, Any]]:
 def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
     assert task.tokens is not None
     part = task.part
+    widest = max(task.map.width_in(group.name) for group in task.map.groups)
+    if part.method == "gptq" and part.target == "outputs" and task.tokens.numel() < ROWS_A_CHANNEL * widest:
+        warn(
+            f"weights.target=outputs solves for up to {widest} inputs from {task.tokens.numel()} tokens, fewer than "
+            f"{ROWS_A_CHANNEL} for each: it may fit their noise; take more weights.sequences, or weights.target=weights"
+        )
     rounds = [[group] for group in task.map.groups] if part.sequential else [list(task.map.groups)]
     with ExitStack() as stack:
         if part.hessian == "full":
