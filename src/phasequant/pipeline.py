@@ -153,9 +153,8 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     kind = str(stored).removeprefix("torch.")
     found = source.prefix
     prefix = None if found is None else PrefixLayout(found.tokens, found.method, kind)
-    others = {place: entry.spec for place, entry in plan.weights_raised.items() if entry.spec is not None}
     online = _online_layout(model, model_map)
-    layout = ModelLayout(plan.weights, layouts, plan.activations, online, lowrank, prefix, others)
+    layout = ModelLayout(plan.weights, layouts, plan.activations, online, lowrank, prefix, plan.weights_others)
     source.quantized = True
     mark_quantized(model, layout, str(stored).removeprefix("torch."))
     origin = {
@@ -185,7 +184,6 @@ def _quantize_weights(source: Source, recipe: Recipe, plan: PrecisionPlan, chose
     """Codes for every linear; what the manifest says about them."""
     part, spec = recipe.weights, plan.weights
     assert spec is not None
-    others = {place: entry.spec for place, entry in plan.weights_raised.items() if entry.spec is not None}
     tokens = None
     if weight.needs_tokens(part, recipe.lowrank):
         tokens = cut(source, recipe, part.seqlen, part.sequences, "weights")
@@ -201,7 +199,7 @@ def _quantize_weights(source: Source, recipe: Recipe, plan: PrecisionPlan, chose
                 clips=lambda index: chosen.block(index).weight_clips,
                 tokens=tokens,
                 device=source.compute,
-                others=others,
+                others=plan.weights_others,
             )
         )
     digest = None if tokens is None else text.digest(tokens)

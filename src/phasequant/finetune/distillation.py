@@ -15,7 +15,6 @@ its next-token loss, and clips, norms and branches beside them. Costs a step: a 
 
 import math
 import time
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,9 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from phasequant.arch import ModelMap
 from phasequant.console import note, progress, warn
 from phasequant.errors import PhaseQuantError
-from phasequant.finetune.contract import FLOOR, Polished, PolishTask, held_out, optimizer
+from phasequant.finetune.contract import Polished, PolishTask, held_out, optimizer, set_rates
 from phasequant.finetune.polished import PolishedBlock, PolishedNorm
-from phasequant.nn import capped_logits, in_16_bits, kv_in_16_bits, replace_module
+from phasequant.nn import Recomputed, capped_logits, in_16_bits, kv_in_16_bits, replace_module
 from phasequant.numerics import learning_product, multiplies_bfloat16
 from phasequant.stream import BlockStream, resident
 
@@ -45,25 +44,6 @@ def teach(task: PolishTask) -> list[Float[Tensor, "T D"]]:
             pass
         with resident(norm, task.device):
             return [norm(row.to(task.device)[None])[0].cpu() for row in stream.hidden]
-
-
-class _Recomputed(nn.Module):
-    """A block that is computed again for the gradient."""
-
-    def __init__(self, block: PolishedBlock) -> None:
-        super().__init__()
-        self.polished = block
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.polished.block, name)
-
-    def forward(self, x: Tensor, **arguments: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.polished.block(x, **arguments)
-        return checkpoint(self.polished.block, x, use_reentrant=False, **arguments)
 
 
 def kept_bytes(model_map: ModelMap, tokens: int) -> int:
@@ -86,7 +66,7 @@ class _Student:
             block = task.model.get_submodule(name)
             self.blocks.append(PolishedBlock(block, task.map, self.wants, task.qk.get(index)))
             if kept_bytes(task.map, task.tokens.shape[1]) > KEPT_BYTES:
-                replace_module(task.model, name, _Recomputed(self.blocks[-1]))
+                replace_module(task.model, name, Recomputed(block))
         self.norm = PolishedNorm(task.model, task.map.family.final_norm, task.map.family.norm, self.wants)
         self.more = (("norms", self.norm.log_gain),) if self.norm.log_gain.requires_grad else ()
 
@@ -192,9 +172,7 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
                 note(f"finetune: {part.minutes:g} minutes are over after {step} of {part.steps} steps")
                 break
             done = max(step / part.steps, gone)
-            for group in adam.param_groups:
-                cosine = 0.5 * (1 + math.cos(math.pi * done))
-                group["lr"] = group["initial_lr"] * (FLOOR + (1 - FLOOR) * cosine)
+            set_rates(adam, done)
             adam.zero_grad()
             total = 0.0
             for _ in range(part.batch):

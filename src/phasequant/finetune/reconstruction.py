@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phasequant.console import note
-from phasequant.finetune.contract import FLOOR, Polished, PolishTask, held_out, optimizer
+from phasequant.finetune.contract import Polished, PolishTask, held_out, optimizer, set_rates
 from phasequant.finetune.polished import PolishedBlock
 from phasequant.nn import in_16_bits, kv_in_16_bits
 from phasequant.stream import BlockStream
@@ -113,9 +113,7 @@ class _Lesson:
         done = 0
         for _ in range(part.epochs):
             for chosen in torch.randperm(self.train, generator=generator).split(part.batch):
-                cosine = 0.5 * (1 + math.cos(math.pi * done / steps))
-                for group in adam.param_groups:
-                    group["lr"] = group["initial_lr"] * (FLOOR + (1 - FLOOR) * cosine)
+                set_rates(adam, done / steps)
                 adam.zero_grad()
                 loss = self.error(block, chosen.tolist())
                 (loss / loss.detach().clamp(min=1e-30)).backward()

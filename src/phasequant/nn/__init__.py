@@ -27,6 +27,7 @@ from phasequant.nn.layout import (
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
 from phasequant.nn.prefix import attach_prefix, prefix_length, prefix_states, without_prefix
+from phasequant.nn.recomputed import Recomputed
 from phasequant.nn.softcap import capped_logits, is_capped, logits_of
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "PackedStates",
     "PrefixLayout",
     "QuantLinear",
+    "Recomputed",
     "attach",
     "attach_prefix",
     "capped_logits",

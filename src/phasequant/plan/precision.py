@@ -57,10 +57,10 @@ class PrecisionPlan:
     weights_raised: Mapping[Place, Raised] = field(default_factory=dict)
     kv_raised: Mapping[int, Raised] = field(default_factory=dict)
 
-    def weights_at(self, block: int, group: str) -> QuantSpec | None:
-        """The grid of a group's weights."""
-        entry = self.weights_raised.get((block, group))
-        return self.weights if entry is None else entry.spec
+    @property
+    def weights_others(self) -> dict[Place, QuantSpec]:
+        """The grids of weights that are not `weights`."""
+        return {place: entry.spec for place, entry in self.weights_raised.items() if entry.spec is not None}
 
     def kv_at(self, block: int) -> QuantSpec | None:
         """The grid of a block's keys and values."""

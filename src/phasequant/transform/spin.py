@@ -21,7 +21,6 @@ rotations can be kept: `Quantized.transform` with `save_transform`, and given ba
 import copy
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from transformers import PreTrainedModel
 from phasequant.arch import GROUPS
 from phasequant.console import note, progress
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import QuantLinear, replace_module
+from phasequant.nn import QuantLinear, Recomputed, replace_module
 from phasequant.nn.attention import ATTENTION
 from phasequant.numerics import LinearMap
 from phasequant.optim import CayleySGD, Zeta
@@ -73,26 +72,6 @@ class _Unrotated(nn.Module):
         (residual,) = self.residual
         found: Tensor = self.norm(x) @ residual.factors()[0][0].T * self.gain
         return found
-
-
-class _Checkpointed(nn.Module):
-    """A block that is computed again for the gradient. (Transformers' own checkpointing runs in training mode alone,
-    which would let a model's dropout loose.)"""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-    def forward(self, x: Tensor, **arguments: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.block(x, **arguments)
-        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False, **arguments)
 
 
 class RotatedModel(nn.Module):
@@ -144,7 +123,7 @@ class RotatedModel(nn.Module):
             replace_module(self.model, family.final_norm, _Unrotated(norm, family.norm, self.residual))
         for index in task.map.blocks:
             name = task.map.block_name(index)
-            replace_module(self.model, name, _Checkpointed(self.model.get_submodule(name)))
+            replace_module(self.model, name, Recomputed(self.model.get_submodule(name)))
         self.family = family
         self.cap = None if family.logit_softcap is None else getattr(self.model.config, family.logit_softcap, None)
 
