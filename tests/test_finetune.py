@@ -27,7 +27,7 @@ def recipe(text, polish, **parts) -> Recipe:
 
 
 @pytest.mark.parametrize("polish", [STEPS, EPOCHS], ids=["distill", "blocks"])
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen3", *NEW])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "llama-one", "llama-odd", "qwen3", *NEW])
 def test_every_family_is_polished_saved_and_reloaded(name, polish, tiny, text_file, tmp_path):
     plain = phasequant.quantize(tiny(name), recipe(text_file, {}), overrides=where(name))
     run = phasequant.quantize(tiny(name), recipe(text_file, polish), overrides=where(name))
@@ -138,3 +138,37 @@ def test_blocks_computed_again_for_the_gradient_learn_the_same(tiny, text_file, 
     for (key, a), (_, b) in zip(quant_linears(runs[0].model), quant_linears(runs[1].model), strict=True):
         assert torch.allclose(a.weight_scale, b.weight_scale, rtol=1e-4), key
     assert runs[0].origin["finetune"][0]["kept"]
+
+
+@pytest.mark.parametrize("polish", [STEPS, EPOCHS], ids=["distill", "blocks"])
+def test_an_interrupted_polish_leaves_the_quantized_model(polish, tiny, text_file, monkeypatch):
+    run = phasequant.quantize(tiny("llama"), recipe(text_file, {}))
+    plain = {key: value.clone() for key, value in run.model.state_dict().items()}
+    part = recipe(text_file, polish).finetune
+    tokens = torch.randint(0, 256, (4, 32))
+    task = finetune.PolishTask(run.model, run.map, tokens, part, torch.float32, 0, torch.device("cpu"),
+                               {b: run.transform.block(b).qk for b in run.map.blocks})  # fmt: skip
+    calls = []
+
+    def stop(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    step = torch.optim.AdamW.step
+    lessons = finetune.aims(task), finetune.teach(task)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        if part.epochs:
+            finetune.reconstruct(task, lessons[0])
+        else:
+            finetune.distill(task, lessons[1])
+    after = run.model.state_dict()
+    assert set(after) == set(plain) and all(torch.equal(after[key], plain[key]) for key in plain)
+
+
+def test_a_single_sequence_is_polished_on_and_judged_by_nothing(tiny, text_file):
+    run = phasequant.quantize(tiny("llama"), recipe(text_file, {**STEPS, "sequences": 1}))
+    told = run.origin["finetune"][0]
+    assert told["kept"] and told["kl_before"] is None

@@ -112,7 +112,7 @@ def recipe(text, share: float = 0.1, by: str = "absmax", **parts) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", *NEW])
+@pytest.mark.parametrize("name", ["llama", "llama-one", "llama-odd", "qwen3", *NEW])
 def test_a_checkpoint_keeps_the_rows(name, tiny, text_file, tmp_path):
     source = tiny(name)
     run = phasequant.quantize(source, recipe(text_file), overrides=where(name))

@@ -310,7 +310,7 @@ def shared_budget(text, **policy) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "llama-one", "llama-odd", "mixtral", "gemma2", "opt", "gpt_neox"])
 def test_weights_and_kv_share_a_budget_in_bytes(name, tiny, text_file, tmp_path):
     run = phasequant.quantize(tiny(name), shared_budget(text_file), overrides=where(name))
     plan, shape = run.plan, run.map.shape

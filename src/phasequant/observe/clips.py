@@ -6,7 +6,7 @@ on calibration tokens, where the quantizer stands. A Gaussian token of 576 chann
 4 bits serve it best up to about 2.5: 0.77. Costs one sweep of the tokens and eleven products of the group's weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,19 +16,19 @@ from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap, Place
 from phasequant.arch.families import GroupNames
-from phasequant.nn import QuantLinear, in_16_bits, prepared
+from phasequant.nn import QuantLinear, in_16_bits
 from phasequant.numerics import QuantSpec, fake_quantize
+from phasequant.observe.entrances import See, at_entrances
 from phasequant.stream import BlockStream
 
 RATIOS = tuple(round(1.0 - 0.05 * step, 2) for step in range(11))
 
 
-def _keeper(block: nn.Module, group: GroupNames, spec: QuantSpec, errors: dict[float, float]) -> Callable[..., None]:
+def _keeper(block: nn.Module, group: GroupNames, spec: QuantSpec, errors: dict[float, float]) -> See:
     linears = [m for name in group.linears if isinstance(m := block.get_submodule(name), QuantLinear)]
     weight = torch.cat([linear.dense_weight() for linear in linears]).float()
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = prepared(module, args[0].flatten(0, -2).float())
+    def keep(x: Tensor) -> None:
         for ratio in RATIOS:
             noise = fake_quantize(x, replace(spec, clip=ratio)) - x
             errors[ratio] += float((noise @ weight.T).square().sum())
@@ -50,16 +50,13 @@ def search_clips(
         stream = BlockStream(model, model_map, tokens, device)
         for step in stream.steps("clips of activations"):
             errors: dict[str, dict[float, float]] = {}
-            hooks = []
+            keepers: dict[str, See] = {}
             for group in model_map.groups:
                 spec = grids.get((step.index, group.name))
-                if spec is None or spec.static:
-                    continue
-                errors[group.name] = dict.fromkeys(RATIOS, 0.0)
-                entrance = step.block.get_submodule(group.input)
-                hooks.append(entrance.register_forward_pre_hook(_keeper(step.block, group, spec, errors[group.name])))
-            step.drain()
-            for hook in hooks:
-                hook.remove()
+                if spec is not None and not spec.static:
+                    errors[group.name] = dict.fromkeys(RATIOS, 0.0)
+                    keepers[group.name] = _keeper(step.block, group, spec, errors[group.name])
+            with at_entrances(step.block, model_map, keepers):
+                step.drain()
             found |= {(step.index, name): min(by, key=lambda r: by[r]) for name, by in errors.items()}
     return found

@@ -14,7 +14,6 @@ mse's, which is taken for the bits that the plan gives.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap
-from phasequant.nn import Activations, QuantLinear, in_16_bits, prepared
+from phasequant.nn import Activations, QuantLinear, in_16_bits
 from phasequant.numerics import QuantSpec
+from phasequant.observe.entrances import at_entrances
 from phasequant.stream import BlockStream
 
 OCTAVES, BINS = 48, 32  # 2^-24 … 2^24; bins an octave
@@ -107,18 +107,13 @@ def calibrate_ranges(
         stream = BlockStream(model, model_map, tokens, device)
         for step in stream.steps(f"ranges ({method})"):
             reached: dict[str, Reached] = {}
-            hooks = []
             for group in model_map.groups:
                 spec = activations[step.index, group.name]
-                if spec is None or not spec.static:
-                    continue
-                columns = model_map.width_in(group.name) if spec.granularity == "column" else None
-                reached[group.name] = Reached(columns, method != "absmax")
-                entrance = step.block.get_submodule(group.input)
-                hooks.append(entrance.register_forward_pre_hook(_keeper(reached[group.name])))
-            step.drain()
-            for hook in hooks:
-                hook.remove()
+                if spec is not None and spec.static:
+                    columns = model_map.width_in(group.name) if spec.granularity == "column" else None
+                    reached[group.name] = Reached(columns, method != "absmax")
+            with at_entrances(step.block, model_map, {name: one.add for name, one in reached.items()}):
+                step.drain()
             for group in model_map.groups:
                 if group.name in reached:
                     spec = activations[step.index, group.name]
@@ -128,10 +123,3 @@ def calibrate_ranges(
                         linear = step.block.get_submodule(name)
                         assert isinstance(linear, QuantLinear)
                         linear.set_range(found)
-
-
-def _keeper(reached: Reached) -> Callable[..., None]:
-    def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        reached.add(prepared(module, args[0].flatten(0, -2)))
-
-    return keep

@@ -6,24 +6,18 @@ taken where the quantizer stands, activations in 16 bits. So the share of rows i
 calibration text, in every group; on other text it is what it is, and is counted (`QuantLinear.rows`). Costs one sweep.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap, Place
-from phasequant.nn import in_16_bits, prepared
+from phasequant.nn import in_16_bits
 from phasequant.numerics import QuantSpec, measure_rows
+from phasequant.observe.entrances import See, at_entrances
 from phasequant.stream import BlockStream
-
-
-def _keeper(rule: str, highest: int, found: list[Tensor]) -> Callable[..., None]:
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(measure_rows(prepared(module, args[0].flatten(0, -2).float()), rule, highest).cpu())
-
-    return keep
 
 
 @torch.no_grad()
@@ -41,17 +35,18 @@ def row_thresholds(
     with in_16_bits(model):
         stream = BlockStream(model, model_map, tokens, device)
         for step in stream.steps(f"rows ({rule})"):
-            found: dict[str, list[Tensor]] = {}
-            hooks = []
-            for group in model_map.groups:
-                spec = grids.get((step.index, group.name))
-                if spec is not None:
-                    found[group.name] = []
-                    entrance = step.block.get_submodule(group.input)
-                    hooks.append(entrance.register_forward_pre_hook(_keeper(rule, spec.highest, found[group.name])))
-            step.drain()
-            for hook in hooks:
-                hook.remove()
+            specs = {group.name: grids.get((step.index, group.name)) for group in model_map.groups}
+            found: dict[str, list[Tensor]] = {name: [] for name, spec in specs.items() if spec is not None}
+
+            def see(name: str, highest: int, into: dict[str, list[Tensor]] = found) -> See:
+                return lambda x: into[name].append(measure_rows(x, rule, highest).cpu())
+
+            with at_entrances(
+                step.block,
+                model_map,
+                {name: see(name, spec.highest) for name, spec in specs.items() if spec is not None},
+            ):
+                step.drain()
             for name, rows in found.items():
                 sorted_rows = torch.cat(rows).sort().values
                 at = min(len(sorted_rows) - 1, int(len(sorted_rows) * (1 - share)))
