@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phasequant.arch import ModelMap
 from phasequant.nn import SLOT, KVQuantizer, QuantLinear, replace_module
-from phasequant.numerics import LinearMap, QuantSpec, learning_product, unpack
+from phasequant.numerics import LinearMap, QuantSpec, learning_product, unpack, weight_scale
 from phasequant.transform.learned import Grid, LearnedKV, LearnedMap
 from phasequant.transform.norms import gain_of, scale_bias, set_gain, stored_gain
 
@@ -87,14 +87,21 @@ class PolishedLinear(nn.Module):
             self.down = nn.Parameter(linear.lowrank_down.float(), "branches" in wants)
             self.up = nn.Parameter(linear.lowrank_up.float(), "branches" in wants)
 
+    def _scale(self) -> Float[Tensor, "O G"]:
+        """Scales as they would be stored; the gradient passes straight through that rounding."""
+        (linear,) = self._linear
+        assert self.log_scale is not None and linear.weight_scale is not None and linear.weight_spec is not None
+        exact = linear.weight_scale * self.log_scale.exp()
+        return exact + (weight_scale(exact, linear.weight_spec) - exact).detach()
+
     def product(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
         """x times what the codes stand for, with the scales as they are being learned. A scale for each row is applied
         to the product: it then has a gradient without a product of its own."""
         (linear,) = self._linear
         if self.log_scale is None:
             return _product(x, linear.dense_weight())
-        assert self.codes is not None and linear.weight_scale is not None
-        scale = linear.weight_scale * self.log_scale.exp()
+        assert self.codes is not None
+        scale = self._scale()
         if scale.shape[1] == 1:
             return _product(x, self.codes) * scale[:, 0]
         grouped = self.codes.to(x.dtype).unflatten(1, (scale.shape[1], -1))
@@ -119,7 +126,7 @@ class PolishedLinear(nn.Module):
             return linear
         if self.log_scale is not None:
             assert linear.weight_scale is not None
-            linear.weight_scale.mul_(self.log_scale.exp())
+            linear.weight_scale.copy_(self._scale())
         for name in ("down", "up"):
             learned, kept = getattr(self, name), getattr(linear, f"lowrank_{name}")
             if learned is not None:

@@ -11,6 +11,7 @@ from phasequant.numerics.integer import (
     round_to_codes,
     round_values,
     static_grid,
+    weight_scale,
 )
 from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
@@ -49,5 +50,6 @@ __all__ = [
     "store_scales",
     "straight_through",
     "unpack",
+    "weight_scale",
     "wide_rows",
 ]

@@ -121,6 +121,12 @@ def _searched(
     return best_scale, best_zero
 
 
+def weight_scale(scale: Float[Tensor, "*shared G"], spec: QuantSpec) -> Float[Tensor, "*shared G"]:
+    """The scale of an integer weight grid as a number of bfloat16, which every kernel and every server's format holds
+    exactly (it moves a scale by 0.2 % at most); others as they are. Codes are made for what this returns."""
+    return scale.to(torch.bfloat16).to(scale.dtype) if spec.is_int else scale
+
+
 def round_to_codes(
     x: Float[Tensor, "*rows width"],
     scale: Float[Tensor, "*shared G"],

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from phasequant.console import note
 from phasequant.errors import PhaseQuantError
-from phasequant.numerics import QuantSpec, codes_type, grid, round_to_codes, round_values
+from phasequant.numerics import QuantSpec, codes_type, grid, round_to_codes, round_values, weight_scale
 from phasequant.weight.codes import Told, WeightCodes, peak_of
 
 BLOCK = 128
@@ -227,6 +227,7 @@ class _Problem:
                 other = scale * STRETCHES[trial]
             else:
                 other = refit(self.weight, codes, scale, self.zero, damped, self.spec)
+            other = weight_scale(other, self.spec)
             tried, less = solve(self.weight, self.upper, other, self.zero, self.spec, self.order, workspaces=kept)
             won = less < loss
             codes = torch.where(won[:, None], tried, codes)
@@ -258,6 +259,7 @@ def gptq(
         raise PhaseQuantError(f"{place} has {bad} values that are not finite: the model is damaged, or its transform")
     peak = peak_of(weight, spec)
     scale, zero = grid(weight, spec, clips, COARSE if rounds else 1, peak) if scales is None else scales
+    scale = weight_scale(scale, spec)
     scaled, dead = normalized(hessian)
     told = Told("gptq", dead=dead)
     upper = None

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from phasequant.numerics import QuantSpec, quantize
+from phasequant.numerics import QuantSpec, grid, round_to_codes, weight_scale
 from phasequant.weight.codes import WeightCodes, peak_of
 
 ROWS_AT_ONCE = 2**22  # values: keeps the search's temporaries in cache-friendly pieces
@@ -24,6 +24,10 @@ def round_to_nearest(
     parts = weight.to(torch.float32).split(rows)
     ratios = [None] * len(parts) if clips is None else clips.to(parts[0]).split(rows)
     peak = peak_of(weight, spec)
-    pieces = [quantize(part, spec, ratio, peak=peak) for part, ratio in zip(parts, ratios, strict=True)]
+    pieces = []
+    for part, ratio in zip(parts, ratios, strict=True):
+        scale, zero = grid(part, spec, ratio, peak=peak)
+        scale = weight_scale(scale, spec)
+        pieces.append((round_to_codes(part, scale, zero, spec), scale, zero))
     codes, scale, zero = (torch.cat(column) for column in zip(*pieces, strict=True))
     return WeightCodes(codes, scale, zero, peak)
