@@ -204,8 +204,8 @@ def analyze(
 
 def kernels_used(model: PreTrainedModel) -> dict[str, int]:
     """How many linears each kernel runs."""
-    device = next(model.parameters()).device
-    return dict(Counter(module.kernel(device).name for _, module in quant_linears(model)))
+    like = next(model.parameters())
+    return dict(Counter(module.kernel(like.device, like.dtype).name for _, module in quant_linears(model)))
 
 
 def figures(model: PreTrainedModel, model_map: ModelMap, found: Score, a8_share: float) -> dict[str, Any]:
