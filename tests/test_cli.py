@@ -212,12 +212,12 @@ def test_interrupt_leaves_nothing(saved, tmp_path):
 
 def test_bench_times_every_group_at_every_width(run, saved):
     folder = saved("llama")
-    status, stdout, stderr = run("bench", folder, "--tokens", 8, "--bits", "4,8,16", "--json")
+    status, stdout, stderr = run("bench", "groups", folder, "--tokens", 8, "--bits", "4,8,16", "--json")
     found = last_json(stdout)
     assert status == 0 and len(found["linears"]) == 12 and "a block's linears at 4 bits" in stderr
     assert all(row["microseconds"] > 0 and row["kernel"] for row in found["linears"])
     for bits, message in (("4,nine", "'nine' is not a whole number"), ("1", "2 to 8 bits"), ("", "not none")):
-        status, _, stderr = run("bench", folder, "--bits", bits)
+        status, _, stderr = run("bench", "groups", folder, "--bits", bits)
         assert status == 2 and message in stderr
 
 

@@ -44,6 +44,27 @@ def test_quantized(name, sets, tiny):
     assert [alone(model, prompt, 6) for prompt in PROMPTS] == want  # the model itself goes on
 
 
+@pytest.mark.parametrize("sets", [(), ("lowrank.method=svd", "lowrank.rank=4"), ("rotation.where=online",)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen3"])
+def test_fused_entrances(name, sets, tiny, monkeypatch):
+    """The GPU's kernels in Triton's interpreter: logits but for a code that falls to the other side now and then."""
+    pytest.importorskip("triton")
+    from phasequant.kernels.triton_int import TritonInt
+
+    model = quantized(tiny(name), "kv.bits=16", "activations.bits=8", *sets)
+    tokens = torch.tensor([PROMPTS[2], PROMPTS[2][::-1]])
+    want = model(tokens).logits[:, -1]
+    monkeypatch.setattr(TritonInt, "can_run", lambda self, spec, device: self.takes(spec))
+    runner = Runner.of(model, 2, 12)
+    told = runner.decoder.describe()
+    assert all(one == {"kernel": "triton-int8", "entrance": "fused"} for one in told.values()), told
+    got = runner.prefill(tokens)
+    assert (got - want).abs().max() < 0.05 * want.abs().max()
+    runner.tokens.copy_(torch.tensor([[3], [4]]))
+    longer = model(torch.cat((tokens, torch.tensor([[3], [4]])), 1)).logits[:, -1]
+    assert (runner.decode() - longer).abs().max() < 0.05 * longer.abs().max()
+
+
 @pytest.mark.parametrize("name", ["llama-bias", "qwen2"])
 def test_a_stack_is_its_parts(name, tiny):
     model = quantized(tiny(name), "lowrank.method=svd", "lowrank.rank=4")

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from phasequant.console import note, set_quiet, stderr
+from phasequant.cli_bench import bench, whole_numbers
+from phasequant.console import note, out, set_quiet, stderr
 from phasequant.errors import PhaseQuantError, did_you_mean
 
 app = typer.Typer(
@@ -48,9 +48,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
 
-WIDE = 150  # columns of a table that goes to a file or a pipe
-
-out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+app.add_typer(bench, name="bench")
 
 
 def _overrides(
@@ -74,7 +72,7 @@ def _overrides(
         kind, _, bits = word.partition("=")
         if kind not in ("weights", "kv"):
             raise PhaseQuantError(f"--allow '{word}': {did_you_mean(kind, ('weights', 'kv'))}, as in weights=4,8")
-        raised = [width for width in _whole(bits) if width > 4]
+        raised = [width for width in whole_numbers(bits) if width > 4]
         sets = [f"policy.allow.{kind}={raised}", *(sets or [])]
     if shared:
         policy = policy or "budget"
@@ -318,37 +316,6 @@ def evaluate(
 
 
 @app.command()
-def bench(
-    model: Model = "demo",
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="whose grids of weights and activations")] = "quarot",
-    sets: Sets = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="rows a call")] = 2048,
-    bits: Annotated[str, typer.Option("--bits", help="bits of the inputs, with commas between")] = "4,8,16",
-    device: Device = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Time the linears of one block on this device, by group and bits of their input."""
-    import phasequant
-
-    set_quiet(quiet)
-    result = phasequant.bench_linears(
-        model, recipe, overrides=sets or [], tokens=tokens, bits=_whole(bits), device=device
-    )
-    title = f"{result['model']} on {result['device']}: microseconds for {tokens} rows, median"
-    shown = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    widths = sorted({row["bits"] for row in result["linears"]})
-    for column in ("group", *(f"{width}-bit input" for width in widths)):
-        shown.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
-    for group in dict.fromkeys(row["group"] for row in result["linears"]):
-        cells = {row["bits"]: row for row in result["linears"] if row["group"] == group}
-        shown.add_row(group, *(f"{cells[w]['microseconds']:,.0f} ({cells[w]['kernel']})" for w in widths))
-    out.print(shown)
-    note(result["says"])
-    _emit(result, as_json)
-
-
-@app.command()
 def compare(
     model: Model,
     recipes: Annotated[str, typer.Option("--recipes", help="presets or YAML files, with commas between")],
@@ -390,13 +357,6 @@ def compare(
 
 def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _whole(numbers: str) -> list[int]:
-    wrong = [text for text in _listed(numbers) if not text.isdecimal()]
-    if wrong:
-        raise PhaseQuantError(f"'{wrong[0]}' is not a whole number: give them with commas between, as in 4,8,16")
-    return [int(text) for text in _listed(numbers)]
 
 
 def comparison_table(result: dict[str, Any]) -> Table:

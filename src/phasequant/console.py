@@ -1,4 +1,4 @@
-"""What a run says while it runs: progress with ETA, notes and warnings, all on stderr.
+"""What a run says while it runs: progress with ETA, notes and warnings, all on stderr; answers go to stdout (`out`).
 
 On a terminal rich draws bars; elsewhere a plain line appears every few seconds, so that logs stay readable.
 """
@@ -22,6 +22,8 @@ from rich.progress import (
 
 PLAIN_EVERY_S = 5.0
 
+WIDE = 150  # columns of a table that goes to a file or a pipe
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
 stderr = Console(stderr=True, highlight=False)
 _quiet = False
 

@@ -65,32 +65,14 @@ class Humming:
 
     def prepare(self, weights: LinearTensors, spec: LinearSpec) -> Laid:
         """humming's layout of the same codes."""
-        from humming.layer import HummingLayer
-
-        assert spec.weight is not None and weights.packed is not None and weights.scale is not None
-        dtype = spec.dtype or torch.bfloat16
-        scale = weights.scale.to(dtype)
+        assert weights.scale is not None
+        scale = weights.scale.to(spec.dtype or torch.bfloat16)
         if not torch.equal(scale.float(), weights.scale):
             raise PhaseQuantError(
                 "the scales of this checkpoint's weights are no 16-bit numbers (it was made before they were): "
                 "quantize the model again, or take another kernel: PHASEQUANT_KERNEL=triton-int8"
             )
-        with torch.cuda.device(weights.packed.device):
-            layer = HummingLayer(
-                shape_n=spec.out_features,
-                shape_k=spec.in_features,
-                weight_config={"dtype": f"int{spec.weight.bits}"},
-                input_config={"dtype": "int8"},
-                has_bias=weights.bias is not None,
-                torch_dtype=dtype,
-            ).to(weights.packed.device)
-            words = weights.packed.contiguous().view(torch.int32)
-            found = {"weight": words, "weight_scale": scale}
-            if weights.bias is not None:
-                found["bias"] = weights.bias.to(dtype)
-            layer.load_from_tensors(found)
-            layer.transform()
-        return Laid(layer, LinearTensors(down=weights.down, up=weights.up))
+        return Laid(_layer(weights, scale, spec), LinearTensors(down=weights.down, up=weights.up))
 
     def product(
         self, codes: Tensor, scale: Tensor, weights: Laid, spec: LinearSpec, down: Tensor | None = None
@@ -106,3 +88,24 @@ class Humming:
         """The reference's integers."""
         codes, scale, down = entrance(x.reshape(-1, spec.in_features), weights.tensors, spec, split=False)
         return self.product(codes, scale, weights, spec, down).reshape(*x.shape[:-1], spec.out_features)
+
+
+def _layer(weights: LinearTensors, scale: Tensor, spec: LinearSpec) -> Any:
+    from humming.layer import HummingLayer
+
+    assert spec.weight is not None and weights.packed is not None
+    with torch.cuda.device(weights.packed.device):
+        layer = HummingLayer(
+            shape_n=spec.out_features,
+            shape_k=spec.in_features,
+            weight_config={"dtype": f"int{spec.weight.bits}"},
+            input_config={"dtype": "int8"},
+            has_bias=weights.bias is not None,
+            torch_dtype=scale.dtype,
+        ).to(weights.packed.device)
+        found = {"weight": weights.packed.contiguous().view(torch.int32), "weight_scale": scale}
+        if weights.bias is not None:
+            found["bias"] = weights.bias.to(scale.dtype)
+        layer.load_from_tensors(found)
+        layer.transform()
+    return layer

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from phasequant.kernels.contract import LinearSpec, LinearTensors
 from phasequant.kernels.gpu import runs_on
-from phasequant.kernels.reference import round_input
 
 INT32 = 2**31 - 1
 SMALLEST_GROUP = 64  # half of it, the bytes, is the least depth that int8 matrix units take
@@ -92,14 +91,6 @@ def entrance(
     from phasequant.kernels.gpu.entrance import round_rows
 
     assert spec.input is not None and spec.weight is not None
-    grid = spec.input
-    codes, scale = round_rows(
-        x.contiguous(), grid.bits, float(grid.clip), above=grid.above, split=split and spec.weight.bits <= 4
-    )
-    down = None
-    if spec.rank:
-        assert weights.down is not None
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        read = round_input(wide, weights, spec) if spec.branch_rounded else wide
-        down = read @ weights.down.to(read).T
-    return codes, scale, down
+    split = split and spec.weight.bits <= 4
+    found = round_rows(x.contiguous(), spec.input, split=split, down=weights.down, rounded=spec.branch_rounded)
+    return found.codes, found.scale, found.low

@@ -4,7 +4,7 @@ r"""A decoder of the common layout, written for speed: the model's own tensors, 
       ─ [norm → Q] ─ W_gate,up ─ [act·mul → T → Q] ─ W_down ─(+)                       [ ]: one kernel, where it can be
 
 Linears that read one input are stacked (`stacking`). What stands before a product, the sum with the residual stream
-included, is fused into one kernel where `linear.Entrance` says so; elsewhere it is done step by step, in the same
+included, is fused into one kernel where `linear.Linear` can; elsewhere it is done step by step, in the same
 order and with the same roundings as Transformers' modules, so that both give the same integers but for the order of a
 sum. Attention is the model's own function (`nn.attention` for a quantized KV), with the model's own rotary embedding.
 
@@ -108,8 +108,7 @@ class Decoder:
         """What runs each group of the first block: its kernel, and how its input gets there."""
         first = self.blocks[0]
         named = {"qkv": first.qkv, "o": first.o, "gate_up": first.gate_up, "down": first.down}
-        entrances = {"qkv": "norm", "o": "plain", "gate_up": "norm", "down": "gate"}
-        return {name: linear.describe(entrances[name]) for name, linear in named.items()}
+        return {name: linear.describe() for name, linear in named.items()}
 
     @torch.no_grad()
     def hidden(

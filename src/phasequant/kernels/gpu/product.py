@@ -13,7 +13,7 @@ at thousands of rows costs a third of what int8·int8 can do (740 against 1,016 
 readings). `kernels.humming` is faster where it runs; this is what runs where it does not.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -54,6 +54,7 @@ def tiles_for(rows: int, outputs: int, width: int, processors: int) -> Tiles:
 
 
 @triton.jit
+@no_type_check
 def _weights(pointers, mask, zero, PACKED: tl.constexpr):
     """(low, high) codes minus their zero point as int8; `high` is nothing of use where a byte is a code."""
     raw = tl.load(pointers, mask=mask, other=0)
@@ -67,6 +68,7 @@ def _weights(pointers, mask, zero, PACKED: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _product(
     x, packed, y, x_scale, w_scale, w_zero, bias, down, up,
     rows, outputs, width, groups, rank,
@@ -127,6 +129,7 @@ def _product(
 
 
 @triton.jit
+@no_type_check
 def _rest(value, bias, down, up, o, t, here_o, here_t, rank, BIAS: tl.constexpr, RANK: tl.constexpr):
     """+ (x·Aᵀ)·Bᵀ + b, of these what there is."""
     if RANK > 0:
@@ -140,6 +143,7 @@ def _rest(value, bias, down, up, o, t, here_o, here_t, rank, BIAS: tl.constexpr,
 
 
 @triton.jit
+@no_type_check
 def _combine(
     parts, y, x_scale, w_scale, bias, down, up, rows, outputs, rank,
     BIAS: tl.constexpr, RANK: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -208,7 +212,7 @@ def int_product(
 
 
 @int_product.register_fake
-def _(codes, x_scale, packed, w_scale, w_zero, bias, down, up, dtype, split=0):  # type: ignore[no-untyped-def]
+def _(codes, x_scale, packed, w_scale, w_zero, bias, down, up, dtype, split=0):
     return codes.new_empty(len(codes), len(packed), dtype=dtype)
 
 
