@@ -31,7 +31,13 @@ def test_sixteen_bits(name, tiny):
     assert Runner.of(model, 3, 20).generate(PROMPTS, 6) == want
 
 
-@pytest.mark.parametrize("sets", [("kv.bits=16",), ("kv.bits=16", "lowrank.method=svd", "lowrank.rank=4")], ids=str)
+LOWRANK = ("lowrank.method=svd", "lowrank.rank=4")
+
+
+PREFIX = ("prefix.method=tokens", "prefix.tokens=[3,7]")
+
+
+@pytest.mark.parametrize("sets", [(), ("kv.bits=16",), PREFIX, LOWRANK], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_quantized(name, sets, tiny):
     model = quantized(tiny(name), *sets)
@@ -44,8 +50,8 @@ def test_quantized(name, sets, tiny):
     assert [alone(model, prompt, 6) for prompt in PROMPTS] == want  # the model itself goes on
 
 
-@pytest.mark.parametrize("sets", [(), ("lowrank.method=svd", "lowrank.rank=4"), ("rotation.where=online",)], ids=str)
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen3"])
+@pytest.mark.parametrize("sets", [(), LOWRANK, ("rotation.where=online",)], ids=str)
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3"])
 def test_fused_entrances(name, sets, tiny, monkeypatch):
     """The GPU's kernels in Triton's interpreter: logits but for a code that falls to the other side now and then."""
     pytest.importorskip("triton")

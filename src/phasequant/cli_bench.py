@@ -119,6 +119,35 @@ def linear(
 
 
 @bench.command()
+def entrance(
+    shape: Shape = "llama-3-8b",
+    rows: Annotated[str, typer.Option("--rows", help="rows a call, with commas between")] = "1,16,4096",
+    device: Device = "auto",
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Norm, gate, maps and rounding in one kernel, against a copy of the bytes that they move."""
+    from phasequant.arch import ModelMap
+    from phasequant.bench.entrances import time_entrances
+    from phasequant.bench.shapes import shape_of
+    from phasequant.surroundings import pick_device
+
+    set_quiet(quiet)
+    result = time_entrances(ModelMap.from_config(shape_of(shape)), whole_numbers(rows), pick_device(device))
+    shown = []
+    for row in result["entrances"]:
+        times = row["microseconds"]
+        for label, taken in times.items():
+            if label != "copy":
+                cells = [str(row["rows"]), f"{taken:,.1f}", f"{times['copy']:,.1f}", f"{taken / times['copy']:.2f}×"]
+                shown.append([f"{row['entrance']}, {label}, {row['width']} wide", *cells])
+    title = f"{shape} on {result['device']}: microseconds"
+    _table(title, ["before the product", "rows", "fused", "copy of its bytes", "ratio"], shown)
+    _end(result, as_json, output)
+
+
+@bench.command()
 def attention(
     shape: Shape = "llama-3-8b",
     batches: Annotated[str, typer.Option("--batches")] = "1,8,32",

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.nn.attention import quantizers
+from phasequant.nn.static_kv import StaticPackedCache
 
 
 class Static16Cache:
@@ -73,7 +74,5 @@ class Static16Cache:
 def make_cache(decoder: Any, batch: int, capacity: int, *, flash: bool = False) -> Any:
     """Packed where the model's KV is quantized, else in 16 bits."""
     if quantizers(decoder.model):
-        from phasequant.nn.static_kv import StaticPackedCache
-
         return StaticPackedCache(decoder.model, batch, capacity)
     return Static16Cache(decoder, batch, capacity, flash=flash)
