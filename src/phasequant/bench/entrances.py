@@ -1,7 +1,7 @@
 """What stands before a product, fused, against copying the bytes that it must move.
 
-Cold inputs. `copy`: torch's copy of as many bytes (half read, half written) as the entrance reads of x and writes of
-codes; matrices and weights of norms are not counted.
+Cold inputs. `copy`: an elementwise kernel of torch's over as many bytes (half read, half written) as the entrance reads
+of x and writes of codes; matrices and weights of norms are not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ def time_entrances(model_map: ModelMap, rows: Sequence[int], device: torch.devic
                 torch.empty(count * width * each // 2, dtype=torch.int8, device=device) for _ in range(2 * copies)
             ]
             sides: dict[str, Any] = {
-                "copy": [partial(a.copy_, b) for a, b in zip(halves[::2], halves[1::2], strict=True)]
+                "copy": [partial(torch.neg, a, out=b) for a, b in zip(halves[::2], halves[1::2], strict=True)]
             }
             for label, tiles in maps.items():
                 sides[label or "no map"] = [_calls(name, x, tiles, None) for x in inputs]

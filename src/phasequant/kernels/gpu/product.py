@@ -100,11 +100,13 @@ def _product(
         sums = tl.zeros((OUTPUTS, ROWS), tl.int32)
         for at in range(start, tl.minimum(start + part, width), BYTES):
             inside = at + k < width
-            low, high = _weights(w_at + (at + k)[None, :], here_o[:, None] & inside[None, :], zero, PACKED)
             seen = inside[:, None] & here_t[None, :]
-            sums = tl.dot(low, tl.load(x_at + (at + k)[:, None], mask=seen, other=0), sums)
+            low, high = _weights(w_at + (at + k)[None, :], here_o[:, None] & inside[None, :], zero, PACKED)
+            even = tl.load(x_at + (at + k)[:, None], mask=seen, other=0)
+            sums = tl.dot(low, even, sums, out_dtype=tl.int32)
             if PACKED:
-                sums = tl.dot(high, tl.load(x_at + (width + at + k)[:, None], mask=seen, other=0), sums)
+                odd = tl.load(x_at + (width + at + k)[:, None], mask=seen, other=0)
+                sums = tl.dot(high, odd, sums, out_dtype=tl.int32)
         if SPLIT > 1:
             out = y + tl.program_id(1).to(tl.int64) * rows * outputs + t[None, :].to(tl.int64) * outputs + o[:, None]
             tl.store(out, sums, mask=here_o[:, None] & here_t[None, :])
@@ -118,9 +120,11 @@ def _product(
             sums = tl.zeros((OUTPUTS, ROWS), tl.int32)
             for at in range(g * GROUP, (g + 1) * GROUP, BYTES):
                 low, high = _weights(w_at + (at + k)[None, :], here_o[:, None], zero, PACKED)
-                sums = tl.dot(low, tl.load(x_at + (at + k)[:, None], mask=here_t[None, :], other=0), sums)
+                even = tl.load(x_at + (at + k)[:, None], mask=here_t[None, :], other=0)
+                sums = tl.dot(low, even, sums, out_dtype=tl.int32)
                 if PACKED:
-                    sums = tl.dot(high, tl.load(x_at + (width + at + k)[:, None], mask=here_t[None, :], other=0), sums)
+                    odd = tl.load(x_at + (width + at + k)[:, None], mask=here_t[None, :], other=0)
+                    sums = tl.dot(high, odd, sums, out_dtype=tl.int32)
             value += sums.to(tl.float32) * tl.load(w_scale + o * groups + g, mask=here_o, other=0)[:, None]
     value *= tl.load(x_scale + t, mask=here_t, other=0)[None, :]
     value = _rest(value, bias, down, up, o, t, here_o, here_t, rank, BIAS, RANK)
@@ -136,7 +140,7 @@ def _rest(value, bias, down, up, o, t, here_o, here_t, rank, BIAS: tl.constexpr,
         r = tl.arange(0, RANK)
         left = tl.load(up + o[:, None] * rank + r[None, :], mask=here_o[:, None] & (r < rank)[None, :], other=0)
         right = tl.load(down + t[None, :] * rank + r[:, None], mask=here_t[None, :] & (r < rank)[:, None], other=0)
-        value += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+        value += tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="tf32x3")
     if BIAS:
         value += tl.load(bias + o, mask=here_o, other=0)[:, None].to(tl.float32)
     return value
