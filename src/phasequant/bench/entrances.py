@@ -70,7 +70,7 @@ def time_entrances(model_map: ModelMap, rows: Sequence[int], device: torch.devic
             wide = 2 * width if name == "gate" else width
             inputs = [torch.randn(count, wide, device=device, dtype=torch.bfloat16) for _ in range(copies)]
             halves = [
-                torch.empty(count * width * each // 2, dtype=torch.int8, device=device) for _ in range(2 * copies)
+                torch.zeros(count * width * each // 4, dtype=torch.int16, device=device) for _ in range(2 * copies)
             ]
             sides: dict[str, Any] = {
                 "copy": [partial(torch.neg, a, out=b) for a, b in zip(halves[::2], halves[1::2], strict=True)]
