@@ -2,7 +2,8 @@
 
 Transformers calls `past_key_values.update(k, v, layer)` after RoPE and hands its result to the attention function. With
 our cache that result is packed; without a cache the function rounds k and v itself, to the same numbers. Attention
-then is Transformers' own SDPA over the dequantized states (`softcap` has the exception).
+then is Transformers' own SDPA over the dequantized states (`softcap` has the exception), or, of one new token a row on
+a GPU, Triton's over the codes as they are (`kernels.gpu.attention`). `attended` tells which was.
 
 `attach` gives a model its `KVQuantizer`s and sees to it that `generate` caches in packed layers: a fresh default cache
 is refitted before its first token. A cache that cannot be (static, or already filled in 16 bits) is said so once.
@@ -25,30 +26,98 @@ from phasequant.arch import ModelMap
 from phasequant.console import warn
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.kv import KVQuantizer, PackedLayer, PackedStates
-from phasequant.nn.prefix import NAME, PREFIX, before
+from phasequant.nn.prefix import NAME, PREFIX, PrefixStates, before
 from phasequant.nn.softcap import attend
 
 ATTENTION = NAME
 SLOT = "kv_quantizer"  # the attribute of an attention module
+SDPA, TRITON = "sdpa over dequantized", "triton kv4 decode"
 
 
 def quantized_attention(
     module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """SDPA over the prefix, if there is one, and keys and values that went through the KV grid, if there is one.
+    """Attention over the prefix, if there is one, and keys and values that went through the KV grid, if there is one.
     query (B,N,T,H); key, value (B,K,T,H) or packed."""
     quantizer = getattr(module, SLOT, None)
+    prefix = getattr(module, PREFIX, None)
     if quantizer is not None and quantizer.enabled:
-        if not isinstance(key, PackedStates):
+        query = quantizer.rotate_queries(query)
+        if isinstance(key, PackedStates):
+            quantizer.attended, _ = attention_kernel(quantizer, query, key, attention_mask, **options)
+            if quantizer.attended == TRITON:
+                return _decode(quantizer, prefix, query, key, value, attention_mask, **options)
+            attention_mask = _within(key, query.shape[2], attention_mask)
+        else:
             key, value = quantizer.encode(key, value)
         key, value = quantizer.decode(key, query.dtype), quantizer.decode(value, query.dtype)
-        query = quantizer.rotate_queries(query)
     else:
         quantizer = None
-    prefix = getattr(module, PREFIX, None)
     if prefix is not None:
         key, value, attention_mask = before(prefix, quantizer, query, key, value, attention_mask)
     return attend(module, query, key, value, attention_mask, **options)
+
+
+def attention_kernel(
+    quantizer: KVQuantizer, query: Tensor, key: PackedStates, mask: Tensor | None, **options: Any
+) -> tuple[str, str]:
+    """What computes attention over a packed cache, and why."""
+    if query.shape[2] != 1:
+        return SDPA, "more than one new token a row"
+    if query.requires_grad or options.get("dropout"):
+        return SDPA, "a step of training"
+    if options.get("position_bias") is not None:
+        return SDPA, "scores with a bias"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] != key.length):
+        return SDPA, "a mask of numbers, or one a head"
+    ok, reason = quantizer.by_triton(query.dtype, query.device)
+    return (TRITON if ok else SDPA), reason
+
+
+def _decode(
+    quantizer: KVQuantizer,
+    prefix: PrefixStates | None,
+    query: Tensor,
+    key: PackedStates,
+    value: PackedStates,
+    mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    from phasequant.kernels.gpu.attention import decode_attention
+
+    scale, first = options.get("scaling"), None
+    if prefix is not None:
+        keys, values = prefix.states(query, quantizer)
+        first = keys[0], values[0]
+    out = decode_attention(
+        query[:, :, 0],
+        key.parts,
+        value.parts,
+        key.lengths,
+        first,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        mask=None if mask is None else mask[:, 0, 0],
+        window=None if mask is None else options.get("sliding_window"),  # without a mask all tokens are near enough
+        softcap=options.get("softcap"),
+    )
+    return out[:, None], None
+
+
+def _within(key: PackedStates, tokens: int, mask: Tensor | None) -> Tensor | None:
+    """The mask of the last `tokens` of rows that have their own lengths."""
+    if key.lengths is None:
+        return mask
+    slots, steps = (torch.arange(n, device=key.lengths.device) for n in (key.length, tokens))
+    ends = key.lengths[:, None] - tokens + 1 + steps
+    seen = (slots < ends[..., None])[:, None]
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def attended(model: nn.Module) -> set[str]:
+    """What computed the last attention over packed caches, in all layers."""
+    return {quantizer.attended for quantizer in quantizers(model) if quantizer.attended is not None}
 
 
 AttentionInterface.register(ATTENTION, quantized_attention)

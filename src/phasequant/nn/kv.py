@@ -8,25 +8,31 @@ Keys are mapped first, after RoPE, by a T of the head size (R3, a Hadamard matri
 in the attention function, so q·kᵀ is unchanged but for the rounding: (q·T^{-T})(k·T)ᵀ = q·kᵀ. Values were mapped when
 the weights were folded. A token costs, a head: d_head/2 bytes of codes + 3 bytes (fp16 scale, 8-bit zero) a group, for
 keys and for values. Because every token is rounded on its own, prefill, chunked prefill and decoding see the same
-numbers, with a cache or without.
+numbers, with a cache or without. A full cache layer moves to twice its room: a step writes its own
+token and moves one other on average; up to twice the bytes held are reserved.
 
 Sources: QuaRot (arXiv 2404.00456) for R3 and the asymmetric KV grid; the fp16 scale and including zero are ours.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
+from phasequant.kernels.gpu import runs_on
 from phasequant.nn.online import OnlineMap
 from phasequant.numerics import LinearMap, QuantSpec, dequantize, grid, pack, packed_width, round_to_codes
 from phasequant.numerics import unpack as unpack_codes
 
 TINY = 2.0**-24  # smallest fp16: keeps a scale from becoming 0
+TRITON_ON = {
+    "cuda"
+}  # kinds of device where Triton reads and writes the cache; tests add "cpu", where it is interpreted
 
 
 @dataclass
@@ -36,6 +42,12 @@ class PackedStates:
     codes: UInt8[Tensor, "B K T bytes"]
     scale: Float[Tensor, "B K T G"]
     zero: Integer[Tensor, "B K T G"]
+    lengths: Int[Tensor, " B"] | None = None  # tokens of each row, on the device; None: all T
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales, zero points."""
+        return self.codes, self.scale, self.zero
 
     @property
     def length(self) -> int:
@@ -49,12 +61,11 @@ class PackedStates:
 
     def map(self, change: Any) -> "PackedStates":
         """The same change to codes, scales and zero points."""
-        return PackedStates(change(self.codes), change(self.scale), change(self.zero))
+        return PackedStates(*(change(part) for part in self.parts))
 
-    def then(self, other: "PackedStates") -> "PackedStates":
-        """With `other`'s tokens after these."""
-        pairs = ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero))
-        return PackedStates(*(torch.cat(pair, dim=2) for pair in pairs))
+    def first(self, tokens: int) -> "PackedStates":
+        """Views of the first tokens."""
+        return self.map(lambda t: t[:, :, :tokens])
 
 
 class KeyValue(NamedTuple):
@@ -62,6 +73,30 @@ class KeyValue(NamedTuple):
 
     keys: PackedStates
     values: PackedStates
+
+    def map(self, change: Any) -> "KeyValue":
+        """The same change to all tensors."""
+        return KeyValue(self.keys.map(change), self.values.map(change))
+
+    def first(self, tokens: int) -> "KeyValue":
+        """Views of the first tokens."""
+        return KeyValue(self.keys.first(tokens), self.values.first(tokens))
+
+    def with_room(self, tokens: int) -> "KeyValue":
+        """A copy with unset tokens after these, to a length of `tokens`."""
+
+        def roomier(t: Tensor) -> Tensor:
+            out = t.new_empty(*t.shape[:2], tokens, t.shape[3])
+            out[:, :, : t.shape[2]] = t
+            return out
+
+        return self.map(roomier)
+
+    def write(self, new: "KeyValue", at: int) -> None:
+        """Put `new` at token `at`, in place."""
+        for states, more in zip(self, new, strict=True):
+            for kept, part in zip(states.parts, more.parts, strict=True):
+                kept[:, :, at : at + more.length] = part
 
 
 @dataclass(frozen=True)
@@ -73,6 +108,16 @@ class KVLayout:
     qk: Mapping[str, Any] | None = None
 
 
+@cache
+def _triton_runs(spec: QuantSpec, d_head: int, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    ok, reason = runs_on(device)
+    if not ok:
+        return False, reason
+    from phasequant.kernels.gpu.kv import can_run
+
+    return can_run(spec, d_head, dtype, device)
+
+
 class KVQuantizer(nn.Module):
     """The KV grids of one attention module, and the map of its keys and queries (R3, or a learned one)."""
 
@@ -82,6 +127,7 @@ class KVQuantizer(nn.Module):
         self.layout = layout
         self.d_head = d_head
         self.enabled = True
+        self.attended: str | None = None  # what computed the last attention over this cache (`nn.attention`)
         self.key_map: OnlineMap | None = None
         self.query_map: OnlineMap | None = None
         if layout.qk is not None:
@@ -128,6 +174,12 @@ class KVQuantizer(nn.Module):
         codes = unpack_codes(packed.codes, self.d_head, spec)
         return dequantize(codes, packed.scale.to(wide), packed.zero.to(wide), spec).to(dtype)
 
+    def by_triton(self, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+        """Whether Triton's kernels read and write this cache, for states of `dtype` on `device`; if not, why."""
+        if device.type not in TRITON_ON:
+            return False, f"Triton is for {', '.join(sorted(TRITON_ON)) or 'no device'}, not for {device.type}"
+        return _triton_runs(self.layout.keys, self.d_head, dtype, device)
+
     def bytes_per_token(self, kv_heads: int) -> int:
         """Bytes that one token takes in this layer's cache, keys and values."""
         spec = self.layout.keys
@@ -144,7 +196,13 @@ class PackedLayer(CacheLayerMixin):
     def __init__(self, quantizer: KVQuantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
-        self.packed: KeyValue | None = None
+        self._room: KeyValue | None = None
+        self._held = 0
+
+    @property
+    def packed(self) -> KeyValue | None:
+        """What is held, as views."""
+        return None if self._room is None else self._room.first(self._held)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate before the first token."""
@@ -156,16 +214,21 @@ class PackedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = self.quantizer.encode(key_states, value_states)
-        self.packed = (
-            new
-            if self.packed is None
-            else KeyValue(self.packed.keys.then(new.keys), self.packed.values.then(new.values))
-        )
-        return self.packed.keys, self.packed.values
+        total = self._held + new.keys.length
+        if self._room is None:
+            self._room = new.map(Tensor.contiguous)
+        else:
+            room = self._room.keys
+            frozen = room.codes.is_inference() and not torch.is_inference_mode_enabled()
+            if total > room.length or frozen:
+                self._room = self._room.first(self._held).with_room(max(2 * self._held, total))
+            self._room.write(new, self._held)
+        self._held = total
+        return tuple(self._room.first(total))
 
     def get_seq_length(self) -> int:
         """Tokens held."""
-        return 0 if self.packed is None else self.packed.keys.length
+        return self._held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length of keys after the update, offset)."""
@@ -177,16 +240,18 @@ class PackedLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
-        return 0 if self.packed is None else self.packed.keys.nbytes + self.packed.values.nbytes
+        """Bytes of the codes, scales and zero points held."""
+        packed = self.packed
+        return 0 if packed is None else packed.keys.nbytes + packed.values.nbytes
 
     def _change(self, change: Any) -> None:
-        if self.packed is not None:
-            self.packed = KeyValue(self.packed.keys.map(change), self.packed.values.map(change))
+        packed = self.packed
+        if packed is not None:
+            self._room = packed.map(change)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.packed = None
+        self._room, self._held = None, 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -203,8 +268,8 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: a negative count, or (older Transformers) the length to keep."""
-        keep = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
-        self._change(lambda t: t[:, :, :keep])
+        keep = tokens_to_remove if tokens_to_remove > 0 else self._held + tokens_to_remove
+        self._held = min(max(keep, 0), self._held)
 
     def offload(self) -> None:
         """To the CPU."""

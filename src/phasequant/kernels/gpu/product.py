@@ -159,7 +159,7 @@ def _combine(
     at = t[None, :].to(tl.int64) * outputs + o[:, None]
     sums = tl.zeros((OUTPUTS, ROWS), tl.int32)
     for split in range(SPLIT):
-        sums += tl.load(parts + split * rows.to(tl.int64) * outputs + at, mask=both, other=0)
+        sums += tl.load(parts + split * rows * outputs + at, mask=both, other=0)
     value = sums.to(tl.float32) * tl.load(w_scale + o, mask=here_o, other=0)[:, None]
     value *= tl.load(x_scale + t, mask=here_t, other=0)[None, :]
     value = _rest(value, bias, down, up, o, t, here_o, here_t, rank, BIAS, RANK)
