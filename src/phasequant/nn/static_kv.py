@@ -6,8 +6,8 @@ r"""A packed cache of fixed capacity whose rows have their own lengths, on the d
 One new token a row: nothing depends on the host. The slots are read off the device, all slots are handed on with the
 rows' lengths, and attention stops there (`kernels.gpu.attention`), so that a captured step stays right while it is
 replayed. More tokens (prefill, in one piece or several): the longest row's length is read once a step, and only slots
-up to it are handed on. On a GPU one kernel quantizes and writes (`kernels.gpu.kv`), elsewhere `KVQuantizer.encode`; the
-codes are the same.
+up to it are handed on; after `reset` it is known to be 0, so that filling an empty cache can be captured too. On a GPU
+one kernel quantizes and writes (`kernels.gpu.kv`), elsewhere `KVQuantizer.encode`; the codes are the same.
 
 Memory is taken at the first update: capacity × `KVQuantizer.bytes_per_token` a row. Who calls keeps count: past the
 capacity a GPU drops new tokens, and everything else is an error. Transformers' models take it as their cache, if
@@ -35,12 +35,23 @@ class Rows:
         self.lengths: Int[Tensor, " B"] = torch.zeros(batch, dtype=torch.int32, device=device)
         self.seen = torch.zeros_like(self.lengths)  # with this step's tokens
         self.longest = 0  # of `lengths`, where this step has several tokens
+        self.empty = True  # known without asking the device
 
     def begin(self, count: int) -> None:
         """A step of `count` tokens a row, before its first layer."""
         torch.add(self.lengths, count, out=self.seen)
         if count > 1:
-            self.longest = int(self.lengths.max())
+            self.longest = 0 if self.empty else int(self.lengths.max())
+
+    def change(self, lengths: Int[Tensor, " B"]) -> None:
+        """Other lengths than before."""
+        self.lengths.copy_(lengths)
+        self.empty = False
+
+    def forget(self) -> None:
+        """No tokens."""
+        self.lengths.zero_()
+        self.empty = True
 
 
 class StaticPackedLayer(PackedLayer):
@@ -127,7 +138,7 @@ class StaticPackedLayer(PackedLayer):
 
     def reset(self) -> None:
         """The lengths are all that need be forgotten."""
-        self.rows.lengths.zero_()
+        self.rows.forget()
 
 
 class StaticPackedCache(Cache):
@@ -151,11 +162,11 @@ class StaticPackedCache(Cache):
 
     def set_lengths(self, lengths: Int[Tensor, " B"]) -> None:
         """Shorten the rows: what comes after is forgotten."""
-        self.rows.lengths.copy_(lengths)
+        self.rows.change(lengths)
 
     def advance(self, count: int) -> None:
         """The rows are longer by the `count` tokens that every layer was given."""
-        self.rows.lengths += count
+        self.rows.change(self.rows.lengths + count)
 
     def mask(self) -> None:
         """None: attention reads the lengths."""

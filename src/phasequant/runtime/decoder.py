@@ -7,6 +7,8 @@ Linears that read one input are stacked (`stacking`). What stands before a produ
 included, is fused into one kernel where `linear.Linear` can; elsewhere it is done step by step, in the same
 order and with the same roundings as Transformers' modules, so that both give the same integers but for the order of a
 sum. Attention is the model's own function (`nn.attention` for a quantized KV), with the model's own rotary embedding.
+On a GPU one kernel rotates queries and keys and maps the queries of a quantized KV (`kernels.gpu.rope`), for 16-bit
+models as well; Qwen3's, which are normed in between, are rotated step by step.
 
 For pre-norm blocks with RMS norms and a gated MLP: LLaMA, SOLAR, Mistral, Qwen2, Qwen3. Others run in Transformers.
 """
@@ -22,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from phasequant.arch import ModelMap
 from phasequant.errors import PhaseQuantError
+from phasequant.kernels.gpu import runs_on
+from phasequant.nn import SLOT, kv
 from phasequant.runtime.linear import Linear, Norm
 from phasequant.runtime.stacking import stack
 
@@ -58,6 +62,7 @@ class Block:
     attention: nn.Module
     q_norm: nn.Module | None
     k_norm: nn.Module | None
+    matrix: Tensor | None  # of the queries after RoPE, fp32, where `rope` multiplies by it
 
 
 class Decoder:
@@ -78,10 +83,19 @@ class Decoder:
         self.rotary: Any = core.rotary_emb
         self.norm = Norm.of(core.norm)
         self.head = model.get_submodule(self.map.family.head)
+        self.rope = self._rope_kernel()
         self.act = core.layers[0].mlp.act_fn
         name = getattr(model.config, "hidden_act", "silu")
         self.blocks = [self._block(layer, name, release) for layer in core.layers]
         self.attend: Any = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+
+    def _rope_kernel(self) -> Any:
+        """What rotates queries and keys in one; None where it cannot."""
+        if self.device.type not in kv.TRITON_ON or not runs_on(self.device)[0]:
+            return None
+        from phasequant.kernels.gpu import rope
+
+        return rope.rope if rope.can_run(self.d_head, self.dtype, self.device)[0] else None
 
     def _block(self, layer: Any, act: str, release: bool) -> Block:
         attention, mlp = layer.self_attn, layer.mlp
@@ -102,7 +116,14 @@ class Decoder:
             attention,
             getattr(attention, "q_norm", None),
             getattr(attention, "k_norm", None),
+            self._query_matrix(getattr(attention, SLOT, None)),
         )
+
+    def _query_matrix(self, quantizer: kv.KVQuantizer | None) -> Tensor | None:
+        online = None if quantizer is None else quantizer.query_map or quantizer.key_map
+        if self.rope is None or online is None:
+            return None
+        return online.map().matrix().to(self.device, torch.float32).contiguous()
 
     def describe(self) -> dict[str, dict[str, str]]:
         """What runs each group of the first block: its kernel, and how its input gets there."""
@@ -118,27 +139,34 @@ class Decoder:
         caches have it). `positions`: of the tokens, a prefix counted."""
         batch, count = tokens.shape
         h = self.embed(tokens)
-        cos, sin = (x[:, :, None] for x in self.rotary(h, positions))
+        angles = self.rotary(h, positions)
         h, added = h.flatten(0, 1), None
         for index, block in enumerate(self.blocks):
             h, qkv = block.qkv.after_norm(h, added, block.before)
-            a = self._attention(block, index, qkv.unflatten(0, (batch, count)), cos, sin, cache, mask)
+            a = self._attention(block, index, qkv.unflatten(0, (batch, count)), angles, cache, mask)
             h, gate_up = block.gate_up.after_norm(h, block.o.plain(a.flatten(0, 1)), block.between)
             added = block.down.after_gate(gate_up, self.act)
         return self.norm.after(h, added).unflatten(0, (batch, count))
 
     def _attention(
-        self, block: Block, index: int, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Any, mask: Tensor | None
+        self, block: Block, index: int, qkv: Tensor, angles: tuple[Tensor, Tensor], cache: Any, mask: Tensor | None
     ) -> Tensor:
-        split = qkv.unflatten(-1, (-1, self.d_head)).split((self.heads, self.kv_heads, self.kv_heads), 2)
-        q, k, v = split
-        if block.q_norm is not None and block.k_norm is not None:
-            q, k = block.q_norm(q), block.k_norm(k)
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        options = {"dropout": 0.0, "scaling": block.attention.scaling}
+        q, k, v = qkv.unflatten(-1, (-1, self.d_head)).split((self.heads, self.kv_heads, self.kv_heads), 2)
+        if self.rope is None or block.q_norm is not None or block.k_norm is not None:
+            if block.q_norm is not None and block.k_norm is not None:
+                q, k = block.q_norm(q), block.k_norm(k)
+            cos, sin = (x[:, :, None] for x in angles)
+            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        else:
+            cos, sin = (x.flatten(0, 1) for x in angles)
+            both = self.rope(qkv.flatten(0, 1), cos, sin, self.heads, self.kv_heads, block.matrix)
+            q, k = (x.unflatten(0, qkv.shape[:2]) for x in both)
+            if block.matrix is not None:
+                options["rotated"] = True
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         keys, values = cache.update(k, v, index)
-        scaling = block.attention.scaling
-        out, _ = self.attend(block.attention, q, keys, values, mask, dropout=0.0, scaling=scaling)
+        out, _ = self.attend(block.attention, q, keys, values, mask, **options)
         return out.flatten(2)
 
     def logits(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:

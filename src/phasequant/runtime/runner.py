@@ -1,13 +1,15 @@
 r"""Generation with static shapes: prefill once, then one CUDA graph a token, for a quantized or a 16-bit model alike.
 
-    prefill   (B, T) tokens, padded on the right → cache, logits of each row's last token
+    prefill   (B, T) tokens, padded on the right → cache, logits of each row's last token; a graph for every T, rounded
+              up to `BUCKET`, the last `KEPT` of which are kept
     decode    (B, 1) tokens at each row's own length, in place: embedding to next token is one graph, replayed
 
-Rows have their own lengths, on the device: a graph reads them, so it is captured once for a batch and a capacity. On a
-CPU the same steps run without a graph. Tokens are Transformers' greedy tokens (`tests/test_runtime.py`).
+Rows have their own lengths, on the device: a graph reads them, so it is captured once for a batch and a capacity. A
+graph is run once before it is captured (kernels are compiled then). On a CPU the same steps run without graphs. Tokens
+are Transformers' greedy tokens (`tests/test_runtime.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,40 @@ from phasequant.runtime.cache import make_cache
 from phasequant.runtime.decoder import Decoder, window_of
 
 WARM_UPS = 2
+BUCKET, KEPT = 64, 4
+
+
+@dataclass
+class _Fill:
+    """A captured prefill and what it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor
+    ends: Tensor
+    logits: Tensor
+
+
+def captured(
+    call: Callable[[], Tensor],
+    warm_ups: int,
+    *,
+    after: Callable[[], None] = lambda: None,
+    last: Callable[[], Tensor] | None = None,
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of `last` (or `call`) and its result, after some calls on another stream; `after`: what puts the state
+    right before it is captured, and once it was."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_ups):
+            call()
+        after()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = (last or call)()
+    after()
+    return graph, result
 
 
 @dataclass
@@ -46,6 +82,7 @@ class Runner:
         self.tokens = torch.zeros(self.batch, 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._fills: dict[int, _Fill] = {}
 
     @classmethod
     def of(
@@ -62,13 +99,35 @@ class Runner:
             raise PhaseQuantError(
                 f"this runner holds {self.batch} rows of {self.capacity} tokens, and was given {batch} of {count}"
             )
+        ends = torch.full((batch,), count, device=tokens.device) if lengths is None else lengths.to(tokens.device)
+        if self.decoder.device.type != "cuda":
+            return self._fill(tokens, ends)
+        width = min(-(-count // BUCKET) * BUCKET, self.capacity)
+        if width not in self._fills:
+            self._capture_fill(width)
+        fill = self._fills[width]
+        fill.tokens[:, :count].copy_(tokens)
+        fill.ends.copy_(ends)
+        fill.graph.replay()
+        self.cache.set_lengths(ends)
+        return fill.logits
+
+    def _fill(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        batch, count = tokens.shape
         self.cache.reset()
         positions = torch.arange(count, device=tokens.device).expand(batch, -1) + self.offset
         hidden = self.decoder.hidden(tokens, positions, self.cache, None)
-        ends = torch.full((batch,), count, device=tokens.device) if lengths is None else lengths.to(tokens.device)
         self.cache.set_lengths(ends)
-        last = hidden[torch.arange(batch, device=tokens.device), ends - 1]
-        return self.decoder.logits(last)
+        return self.decoder.logits(hidden[torch.arange(batch, device=tokens.device), ends - 1])
+
+    def _capture_fill(self, width: int) -> None:
+        while len(self._fills) >= KEPT:
+            self._fills.pop(next(iter(self._fills)))
+        device = self.decoder.device
+        tokens = torch.zeros(self.batch, width, dtype=torch.long, device=device)
+        ends = torch.full((self.batch,), width, device=device)
+        graph, logits = captured(lambda: self._fill(tokens, ends), 1)
+        self._fills[width] = _Fill(graph, tokens, ends, logits)
 
     def _step(self) -> Tensor:
         positions = self.cache.lengths[:, None].long() + self.offset
@@ -91,17 +150,12 @@ class Runner:
 
     def _capture(self) -> None:
         kept = self.tokens.clone(), self.cache.lengths.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._step()
-                self._restore(*kept)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self.logits = self._step()
-        self._restore(*kept)
+
+        def step() -> Tensor:
+            self._restore(*kept)
+            return self._step()
+
+        self._graph, self.logits = captured(step, WARM_UPS, after=lambda: self._restore(*kept), last=self._step)
 
     def _restore(self, tokens: Tensor, lengths: Tensor) -> None:
         self.tokens.copy_(tokens)
