@@ -8,6 +8,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same numbers on every m
 if not os.environ["CUDA_VISIBLE_DEVICES"]:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU on CPU tensors
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from transformers import (
     StableLmConfig,
 )
 
+from phasequant import cli, console
 from phasequant.arch import ModelMap
 from phasequant.numerics import product
 from phasequant.source import Source, wrap
@@ -196,3 +198,22 @@ def wikitext() -> tuple[Path, Path]:
     if not test.is_file():
         pytest.skip("the shared WikiText-2 is not beside this checkout")
     return test, train
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function: arguments → (status, stdout, stderr) of the command."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["phasequant", *map(str, arguments)])
+        monkeypatch.setattr(console, "_quiet", False)
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

@@ -11,28 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from phasequant import cli, console
-
 CALIB = ["--set", "calibration.sequences=2", "--set", "calibration.seqlen=32"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """A function: arguments → (status, stdout, stderr) of the command."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["phasequant", *map(str, arguments)])
-        monkeypatch.setattr(console, "_quiet", False)
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def last_json(out):

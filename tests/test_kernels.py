@@ -1,5 +1,8 @@
 """The reference against plain arithmetic, and every kernel against the reference: equal, not close."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -53,7 +56,7 @@ def test_kernels_equal_the_reference(kernel, weight_spec, input_spec, rows):
     cases.append(torch.where(torch.rand(rows, 96) < 0.02, 1e5, torch.randn(rows, 96)))
     for x in cases:
         expected = Reference().linear(x, linear.tensors, linear.spec)
-        assert torch.equal(kernel.linear(x, linear.tensors, linear.spec), expected)
+        assert torch.equal(kernel.linear(x, kernel.prepare(linear.tensors, linear.spec), linear.spec), expected)
 
 
 def test_sums_beyond_fp32_stay_exact():
@@ -75,7 +78,7 @@ def test_choice_is_told_and_refusals_give_reasons():
     assert choose(spec, torch.device("cpu")).name == "reference"
     with pytest.raises(PhaseQuantError, match="symmetric grids"):
         choose(spec, torch.device("cpu"), "cpu-int8")
-    with pytest.raises(PhaseQuantError, match="cpu-int8, reference"):
+    with pytest.raises(PhaseQuantError, match="cpu-int8, .*reference"):
         choose(spec, torch.device("cpu"), "marlin")
 
 
@@ -92,3 +95,61 @@ def test_a_16_bit_side_is_just_that():
     assert torch.equal(linear(x), x @ weight.T)
     linear.input_spec = QuantSpec(4)
     assert torch.allclose(linear(x), fake_quantize(x, QuantSpec(4)) @ weight.T)
+
+
+def _changes():
+    def codes(linear):
+        linear.set_codes(*quantize(torch.randn(20, 48), QuantSpec(4, True, "channel")), linear.weight_spec)
+
+    def other(linear):
+        there = make(QuantSpec(4, True, "channel"), QuantSpec(4), seed=5)
+        linear.load_state_dict(there.state_dict())
+
+    return {
+        "codes": codes,
+        "loading": other,
+        "packed": lambda linear: linear.weight_packed.bitwise_xor_(1),
+        "scale": lambda linear: linear.weight_scale.mul_(1.5),
+        "bias": lambda linear: linear.bias.add_(1),
+        "bias.data": lambda linear: setattr(linear.bias, "data", linear.bias.data + 1),
+        "grid": lambda linear: setattr(linear, "input_spec", QuantSpec(8)),
+        "branch": lambda linear: linear.set_branch(torch.randn(2, 48), torch.randn(20, 2), rounded=False),
+        "move": lambda linear: linear.to(torch.float64),
+    }
+
+
+@pytest.mark.parametrize("change", _changes().values(), ids=_changes())
+def test_prepared_weights_follow_every_change(change):
+    linear = make(QuantSpec(4, True, "channel"), QuantSpec(4))
+    x = torch.randn(5, 48)
+    linear(x)
+    kept = linear._kept
+    linear(x)
+    assert linear._kept is kept and kept.kernel.name != "reference"
+    for _ in range(2):  # memory that is freed may be handed out again
+        change(linear)
+        assert torch.equal(linear(x), Reference().linear(x, linear.tensors, linear.spec))
+    assert linear._kept is not kept
+
+
+def test_prepared_weights_stay_where_they_are():
+    linear = make(QuantSpec(4, True, "channel"), QuantSpec(4))
+    plain = set(linear.state_dict())
+    linear(torch.randn(5, 48))
+    assert set(linear.state_dict()) == plain
+    for copied in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert copied._kept is None and linear._kept is not None
+        x = torch.randn(3, 48)
+        assert torch.equal(copied(x), linear(x))
+    linear.to("cpu")
+    assert linear._kept is None
+
+
+def test_tensors_without_a_version_are_prepared_anew():
+    with torch.inference_mode():
+        linear = make(QuantSpec(4, True, "channel"), QuantSpec(4))
+        x = torch.randn(5, 48)
+        linear(x)
+        assert linear._kept is None
+        linear.weight_scale.mul_(2)
+        assert torch.equal(linear(x), Reference().linear(x, linear.tensors, linear.spec))
