@@ -13,8 +13,8 @@ from phasequant.kernels.cpu_onednn import OneDnn, _tried
 from phasequant.kernels.cpu_rounding import offset, round_rows
 from phasequant.kernels.int8_cpu import Int8Cpu
 from phasequant.kernels.reference import Reference
-from phasequant.nn import QuantLinear
-from phasequant.numerics import QuantSpec, grid, quantize, round_to_codes
+from phasequant.nn import OnlineMap, QuantLinear
+from phasequant.numerics import LinearMap, QuantSpec, grid, quantize, round_to_codes
 
 CPU = torch.device("cpu")
 KERNELS = [OneDnn(), Int8Cpu()]
@@ -239,3 +239,41 @@ def test_on_older_cpus(instructions):
         "cpu-int8-torch 4 8",
         "cpu-int8-torch 4 4",
     ]
+
+
+def test_readers_of_one_tensor_share_its_map(monkeypatch):
+    mapped = []
+    forward = OnlineMap.forward
+    monkeypatch.setattr(OnlineMap, "forward", lambda self, x: mapped.append(self) or forward(self, x))
+    first, second = (make(WEIGHTS[0], QuantSpec(8)) for _ in range(2))
+    rotation = LinearMap.kronecker(*(torch.linalg.qr(torch.randn(n, n))[0] for n in (8, 12)))
+    for linear in (first, second):
+        linear.online = OnlineMap.of(rotation)
+    x = torch.randn(4, 96)
+
+    def right(linear, runs):
+        """One call, and whether the map ran."""
+        mapped.clear()
+        found = linear(x)
+        assert len(mapped) == runs
+        read = forward(linear.online, x.clone())
+        assert torch.equal(found, Reference().linear(read, linear.tensors, linear.spec))
+
+    right(first, 1)
+    right(second, 0)
+    x.add_(1)
+    right(second, 1)
+    right(first, 0)
+    first.online.left.mul_(0.5)  # the map that was last run
+    right(first, 1)
+    right(second, 1)
+    second.online.left.neg_()  # another than the last run
+    second.online.left.neg_()
+    right(first, 1)
+    for _ in range(3):
+        x = torch.randn(4, 96)
+        right(first, 1)
+    del x
+    x = torch.randn(4, 96, requires_grad=True)
+    right(first, 1)
+    right(first, 1)

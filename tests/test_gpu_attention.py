@@ -324,7 +324,7 @@ def test_a_static_layer_holds_what_a_growing_one_does(pieces, kernel, monkeypatc
         told = growing.update(keys, values)
         rows.begin(count)
         found = static.update(keys, values)
-        rows.lengths += count
+        rows.change(rows.lengths + count)
         for a, b in zip(told, found, strict=True):
             assert same(a, b.first(a.length)) and (b.lengths is None or b.lengths.tolist() == [a.length] * 2)
     assert static.nbytes == 2 * 12 * grid.bytes_per_token(3) and int(static.get_seq_length()) == 9
@@ -339,7 +339,7 @@ def test_static_rows_have_their_own_lengths(triton):
     keys, values = randn(3, 1, 15, 16), randn(3, 1, 15, 16)
     rows.begin(15)
     static.update(keys, values)
-    rows.lengths.copy_(torch.tensor([1, 15, 7]))
+    rows.change(torch.tensor([1, 15, 7]))
     new, query = (randn(3, 1, 1, 16), randn(3, 1, 1, 16)), randn(3, 1, 1, 16)
     rows.begin(1)
     held = static.update(*new)
@@ -445,10 +445,10 @@ def test_a_captured_step_stays_right_while_rows_grow():
     def step():
         rows.begin(1)
         out, _ = quantized_attention(module, query, *static.update(key, value), None, scaling=128**-0.5)
-        rows.lengths += 1
+        rows.change(rows.lengths + 1)
         return out
 
-    rows.lengths.fill_(500)
+    rows.change(torch.full_like(rows.lengths, 500))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -457,7 +457,7 @@ def test_a_captured_step_stays_right_while_rows_grow():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    rows.lengths.fill_(500)
+    rows.change(torch.full_like(rows.lengths, 500))
     for _ in range(60):
         for x in (key, value, query):
             x.copy_(randn(*x.shape))

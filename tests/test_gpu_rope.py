@@ -54,7 +54,9 @@ def test_rotated_as_transformers_rotates(d_head, heads, kv_heads, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("d_head", "heads", "kv_heads", "rows"), [*CASES, (6, 9, 3, MANY // 9 + 1)])
+@pytest.mark.parametrize(
+    ("d_head", "heads", "kv_heads", "rows"), [*CASES, (6, 9, 3, MANY // 9 + 1), (128, 32, 8, MANY // 32)]
+)
 def test_queries_are_mapped_as_the_online_map_does(d_head, heads, kv_heads, rows, dtype):
     """But for a rounding on the edge; keys are left to the cache."""
     torch.manual_seed(0)
@@ -68,7 +70,7 @@ def test_queries_are_mapped_as_the_online_map_does(d_head, heads, kv_heads, rows
     want = online(query)
     found, found_k = rope(qkv, cos, sin, heads, kv_heads, matrix)
     assert torch.equal(found_k, want_k) and found.dtype == dtype
-    assert torch.allclose(found.float(), want.float(), rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
+    assert torch.allclose(found.float(), want.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     if dtype != torch.float32:
         assert (found != want).float().mean() < 0.01
 
@@ -99,7 +101,7 @@ def test_what_is_read_is_the_reference(d_head, groups, bits, dtype):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize("sets", [(), ("prefix.method=tokens", "prefix.tokens=[3,7]"), ("kv.bits=16",)], ids=str)
 def test_the_runtime_rotates_and_reads_with_them(name, sets, tiny, monkeypatch):
-    """Prefill and two steps against Transformers' of the same model, step by step; its linears round nothing more."""
+    """Prefill and two steps against Transformers, whose attention dequantizes; Qwen3's queries are rotated apart."""
     made = phasequant.quantize(tiny(name), "quarot", overrides=["calibration.sequences=2", "calibration.seqlen=32",
                                                                 "activations.bits=16", *sets])  # fmt: skip
     model = made.model.to(DEVICE, HALF)

@@ -22,7 +22,7 @@ CHOICE = "PHASEQUANT_KERNEL"
 
 def choose(spec: LinearSpec, device: torch.device, name: str | None = None) -> Kernel:
     """The first kernel that can run `spec` on `device`, or the one called `name`; if none, an error with reasons."""
-    name = name or os.environ.get(CHOICE)
+    name = name or os.environ.get(CHOICE) or None
     reasons = []
     for kernel in KERNELS:
         if name is not None and kernel.name != name:

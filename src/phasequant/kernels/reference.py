@@ -81,6 +81,10 @@ class Reference:
         """Always, on any device that torch has."""
         return True, "the reference runs everywhere"
 
+    def prepare(self, weights: LinearTensors, spec: LinearSpec) -> LinearTensors:
+        """As they are."""
+        return weights
+
     def linear(self, x: Float[Tensor, "*rows I"], weights: LinearTensors, spec: LinearSpec) -> Float[Tensor, "*rows O"]:
         """The definition."""
         wide = torch.promote_types(x.dtype, torch.float32)

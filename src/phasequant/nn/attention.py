@@ -2,8 +2,9 @@
 
 Transformers calls `past_key_values.update(k, v, layer)` after RoPE and hands its result to the attention function. With
 our cache that result is packed; without a cache the function rounds k and v itself, to the same numbers. Attention
-then is Transformers' own SDPA over the dequantized states (`softcap` has the exception), or, of one new token a row on
-a GPU, Triton's over the codes as they are (`kernels.gpu.attention`). `attended` tells which was.
+then is Transformers' own SDPA over the dequantized states (`softcap` has the exception; on a GPU one kernel
+dequantizes), or, of one new token a row on a GPU, Triton's over the codes as they are (`kernels.gpu.attention`).
+`attended` tells which was.
 
 `attach` gives a model its `KVQuantizer`s and sees to it that `generate` caches in packed layers: a fresh default cache
 is refitted before its first token. A cache that cannot be (static, or already filled in 16 bits) is said so once.
@@ -35,14 +36,21 @@ SDPA, TRITON = "sdpa over dequantized", "triton kv4 decode"
 
 
 def quantized_attention(
-    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    *,
+    rotated: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the prefix, if there is one, and keys and values that went through the KV grid, if there is one.
-    query (B,N,T,H); key, value (B,K,T,H) or packed."""
+    query (B,N,T,H); key, value (B,K,T,H) or packed. `rotated`: the query was mapped as the keys are (R3)."""
     quantizer = getattr(module, SLOT, None)
     prefix = getattr(module, PREFIX, None)
     if quantizer is not None and quantizer.enabled:
-        query = quantizer.rotate_queries(query)
+        query = query if rotated else quantizer.rotate_queries(query)
         if isinstance(key, PackedStates):
             quantizer.attended, _ = attention_kernel(quantizer, query, key, attention_mask, **options)
             if quantizer.attended == TRITON:
@@ -50,7 +58,7 @@ def quantized_attention(
             attention_mask = _within(key, query.shape[2], attention_mask)
         else:
             key, value = quantizer.encode(key, value)
-        key, value = quantizer.decode(key, query.dtype), quantizer.decode(value, query.dtype)
+        key, value = (_dequantized(quantizer, states, query.dtype) for states in (key, value))
     else:
         quantizer = None
     if prefix is not None:
@@ -72,6 +80,17 @@ def attention_kernel(
         return SDPA, "a mask of numbers, or one a head"
     ok, reason = quantizer.by_triton(query.dtype, query.device)
     return (TRITON if ok else SDPA), reason
+
+
+def _dequantized(quantizer: Any, states: Any, dtype: torch.dtype) -> Tensor:
+    """What attention reads; `quantizer` may be one that stands in (sensitivities, learning)."""
+    if not isinstance(states, PackedStates) or states.scale.requires_grad:
+        return quantizer.decode(states, dtype)
+    if not quantizer.by_triton(dtype, states.codes.device)[0]:
+        return quantizer.decode(states, dtype)
+    from phasequant.kernels.gpu.kv import read_kv
+
+    return read_kv(*states.parts, quantizer.d_head, dtype, states.length)
 
 
 def _decode(

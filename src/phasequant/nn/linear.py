@@ -8,18 +8,90 @@ On disk and in memory the weights are codes (two to a byte up to 4 bits) with fp
 grid is asymmetric, zero points; FP4 codes have their own 8-bit scales (bytes), and NVFP4's second one. With 16-bit
 weights the tensor is `weight_dense`: never `weight`, so that a loader that does not know this package finds nothing it
 could mistake for a plain linear.
+
+What the kernel makes of the weights (`Kernel.prepare`) is kept until one of them, the spec or the device is another:
+every call compares identity, address and version of all tensors held. Only what is written through `.data` goes
+unseen: write to the tensors themselves. Copies, pickles, moves and state dicts leave it behind.
+
+On a CPU, linears of a group, which read one tensor through equal maps, map it once: the last mapped input is kept as
+long as the tensor it was made from lives unchanged (kernels keep its codes likewise).
 """
 
-from typing import Any
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from phasequant.errors import PhaseQuantError
-from phasequant.kernels import Kernel, LinearSpec, LinearTensors, choose, dense_weight, round_input
+from phasequant.kernels import Kernel, LinearSpec, LinearTensors, Prepared, choose, dense_weight, round_input
 from phasequant.nn.online import OnlineMap
 from phasequant.numerics import QuantSpec, pack, packed_width, read_scales, store_scales, wide_rows
+
+
+class _Kept(NamedTuple):
+    """Prepared weights: `stamp` says of what, `held` keeps the identities in it from being given out again."""
+
+    stamp: tuple[Any, ...]
+    held: tuple[Tensor | None, ...]
+    kernel: Kernel
+    spec: LinearSpec
+    weights: Prepared
+
+
+def _stamp(tensors: Iterable[Tensor | None]) -> tuple[Any, ...] | None:
+    """Which tensors these are, and as of which write; None where one of them does not count its writes."""
+    held = [t for t in tensors if t is not None]
+    if any(t.is_inference() for t in held):
+        return None
+    return tuple((id(t), t.data_ptr(), t._version) for t in held)
+
+
+class _SharedMaps:
+    """`map` maps, or gives what the reader before was given."""
+
+    class Last(NamedTuple):
+        """A mapped input."""
+
+        of: "weakref.ref[Tensor]"
+        version: int
+        online: OnlineMap
+        stamp: tuple[Any, ...] | None
+        read: Tensor
+
+        def equals(self, other: OnlineMap) -> bool:
+            """Whether another map is what made this."""
+            if self.stamp != _stamp(self.online.buffers()):
+                return False
+            if other is self.online:
+                return True
+            if type(other) is not OnlineMap or other.layout() != self.online.layout():
+                return False
+            pairs = zip(self.online.buffers(), other.buffers(), strict=True)
+            return all(own.dtype == its.dtype and torch.equal(own, its) for own, its in pairs)
+
+    def __init__(self) -> None:
+        self._last: _SharedMaps.Last | None = None
+
+    def map(self, x: Tensor, online: OnlineMap) -> Tensor:
+        last = self._last
+        if last is not None and last.of() is x and last.version == x._version and last.equals(online):
+            return last.read
+        read, stamp = online(x), _stamp(online.buffers())
+        known = stamp is not None and type(online) is OnlineMap and not (x.is_inference() or read.requires_grad)
+        if known and x.device.type == "cpu":
+            self._last = self.Last(weakref.ref(x, self._forget), x._version, online, stamp, read)
+        return read
+
+    def _forget(self, of: "weakref.ref[Tensor]") -> None:
+        if self._last is not None and self._last.of is of:
+            self._last = None
+
+
+_maps = _SharedMaps()
 
 
 class QuantLinear(nn.Module):
@@ -55,7 +127,7 @@ class QuantLinear(nn.Module):
         self.input_spec = input_spec
         self.weight_spec = weight_spec
         self.online = online
-        self._kernel: tuple[LinearSpec, torch.device, Kernel] | None = None
+        self._kept: _Kept | None = None
         self._rows_seen = 0
         self._rows_wide: Tensor | None = None
         self.weight_dense: nn.Parameter | None = None
@@ -194,21 +266,35 @@ class QuantLinear(nn.Module):
 
     def prepare(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows I"]:
         """What the quantizer of the input sees."""
-        return x if self.online is None else self.online(x)
+        return x if self.online is None else _maps.map(x, self.online)
 
-    def kernel(self, device: torch.device) -> Kernel:
-        """The kernel that runs this linear on `device`."""
-        spec = self.spec
-        if self._kernel is None or self._kernel[0] != spec or self._kernel[1] != device:
-            self._kernel = (spec, device, choose(spec, device))
-        return self._kernel[2]
+    def kernel(self, device: torch.device, dtype: torch.dtype | None = None) -> Kernel:
+        """The kernel that runs this linear on `device`, for inputs of `dtype`."""
+        return choose(replace(self.spec, dtype=dtype), device)
 
     def forward(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
         """(*, I) → (*, O)."""
         read = self.prepare(x)
         if self.input_spec is not None and self.input_spec.mixed:
             self._count(read, self.input_spec)
-        return self.kernel(x.device).linear(read, self.tensors, self.spec)
+        ready = self._ready(x.device, x.dtype)
+        return ready.kernel.linear(read, ready.weights, ready.spec)
+
+    def _ready(self, device: torch.device, dtype: torch.dtype) -> _Kept:
+        """The weights as the kernel wants them: those kept where nothing has changed since."""
+        held = (*self._parameters.values(), *self._buffers.values())
+        seen = _stamp(held)
+        stamp = (device, dtype, self.weight_spec, self.input_spec, self.branch_rounded, seen)
+        if seen is not None and self._kept is not None and self._kept.stamp == stamp:
+            return self._kept
+        self._kept = None  # before another is made: not both in memory
+        spec = replace(self.spec, dtype=dtype)
+        kernel = choose(spec, device)
+        with torch.inference_mode(False), torch.no_grad():
+            made = _Kept(stamp, held, kernel, spec, kernel.prepare(self.tensors, spec))
+        if seen is not None:
+            self._kept = made
+        return made
 
     def _count(self, x: Tensor, spec: QuantSpec) -> None:
         wide = wide_rows(x.detach().to(torch.promote_types(x.dtype, torch.float32)), spec)
@@ -223,8 +309,13 @@ class QuantLinear(nn.Module):
             self._rows_seen, self._rows_wide = 0, None
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without prepared weights."""
+        return {**self.__dict__, "_kept": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         """Moves go through; `.half()` and the like must not round scales or online factors: those define the grid."""
+        self._kept = None
         kept = [(m, name, b) for m in self.modules() for name, b in m.named_buffers(recurse=False)]
         super()._apply(fn, recurse)
         for module, name, before in kept:

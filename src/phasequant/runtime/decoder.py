@@ -151,7 +151,7 @@ class Decoder:
     def _attention(
         self, block: Block, index: int, qkv: Tensor, angles: tuple[Tensor, Tensor], cache: Any, mask: Tensor | None
     ) -> Tensor:
-        options = {"dropout": 0.0, "scaling": block.attention.scaling}
+        options: dict[str, Any] = {"dropout": 0.0, "scaling": block.attention.scaling}
         q, k, v = qkv.unflatten(-1, (-1, self.d_head)).split((self.heads, self.kv_heads, self.kv_heads), 2)
         if self.rope is None or block.q_norm is not None or block.k_norm is not None:
             if block.q_norm is not None and block.k_norm is not None:

@@ -1,6 +1,6 @@
-r"""Writing the packed KV cache on a GPU: `KVQuantizer.encode` as one kernel, into slots that the device knows.
+r"""The packed KV cache on a GPU, written and read back: `KVQuantizer.encode` and `decode`, a kernel each.
 
-A program takes 16 new tokens of any rows and heads, keys or values:
+Writing goes into slots that the device knows. A program takes 16 new tokens of any rows and heads, keys or values:
 
     k·T (R3) in three TF32 products, fp32's precision, rounded to k's type as `OnlineMap` rounds it
     s = (c·max(x,0) - c·min(x,0))/q_max in fp16, at least 2^-24;  z;  c = clamp(round(x/s) + z, 0, q_max), two a byte
@@ -9,6 +9,9 @@ with the divisions rounded to nearest: without a map the codes are the reference
 rounding on the edge here and there. Row b's tokens go to slots start[b], start[b] + 1, …, where `start` is on the
 device, so a CUDA graph goes on writing at the end of growing rows. Bytes: what comes in and what is written, and the
 matrix for every 16 tokens (64 KB at d_head 128, from the L2 cache).
+
+Reading (prefill: attention over more than one new token a row) gives RN(s·(c - z)), the reference's numbers bit for
+bit: a byte and a grid in, two channels of 16 bits out, 64 + 3 and 256 bytes a token and head at d_head 128.
 """
 
 from typing import Any, no_type_check
@@ -25,7 +28,8 @@ from phasequant.kernels.gpu.entrance_grid import TO_INTEGER, nearest
 from phasequant.numerics import QuantSpec
 
 LARGEST_HEAD, MOST_GROUPS = 256, 4
-ROWS = 16  # tokens of a program
+ROWS = 16  # tokens of a program that writes
+READ = 32  # and of one that reads
 TINY = tl.constexpr(2.0**-24)  # as in `nn.kv`
 CACHES = tuple(f"{side}_{part}" for side in ("key", "value") for part in ("codes", "scale", "zero"))
 
@@ -33,13 +37,18 @@ Packed = tuple[UInt8[Tensor, "B K S bytes"], Float16[Tensor, "B K S G"], UInt8[T
 """Codes, scales, zero points."""
 
 
+def too_old(device: torch.device) -> str:
+    """Why a GPU has no TF32 products; empty where it has them, and for the interpreter."""
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    return ""
+
+
 def can_run(spec: QuantSpec, d_head: int, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Whether the kernels read and write a KV grid, for queries of `dtype` on `device`; if not, why."""
     ok, reason = runs_on(device)
-    if not ok:
-        return False, reason
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
-        return False, "needs an NVIDIA GPU of compute capability 8.0 or more"
+    if not ok or too_old(device):
+        return False, reason if not ok else too_old(device)
     if not spec.is_int or spec.symmetric or spec.bits > 4 or spec.mixed or spec.clip == "mse":
         return False, f"reads asymmetric integers, two to a byte, not {spec}"
     if spec.granularity not in ("token", "group"):
@@ -197,3 +206,58 @@ def write_kv(
     ours, theirs = specs
     clips = float(ours.clip), float(theirs.clip)
     _write_op(keys, values, start, matrix, *key_cache, *value_cache, ours.bits, *clips)
+
+
+@triton.jit
+@no_type_check
+def _read(
+    codes, scales, zeros, out, kv_heads, tokens, codes_b, codes_k, codes_t, scales_b, scales_k, scales_t, zeros_b,
+    zeros_k, zeros_t, G: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    BYTES: tl.constexpr = (SIZE + 1) // 2
+    dtype = out.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    b, k = head // kv_heads, head % kv_heads
+    t = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    j, c = tl.arange(0, WIDTH), tl.arange(0, 2 * WIDTH)
+    ours = t < tokens
+    source = codes + (b * codes_b + k * codes_k + t * codes_t)[:, None] + j[None, :]
+    target = out + ((head * tokens + t) * (G * SIZE))[:, None] + c[None, :]
+    for g in tl.static_range(G):
+        pair = tl.load(source + g * BYTES, mask=ours[:, None] & (j < BYTES)[None, :], other=0)
+        scale = tl.load(scales + (b * scales_b + k * scales_k + t * scales_t + g), mask=ours, other=0)
+        zero = tl.load(zeros + (b * zeros_b + k * zeros_k + t * zeros_t + g), mask=ours, other=0)
+        both = tl.interleave(pair & 15, pair >> 4).to(tl.float32)
+        x = (both - zero.to(tl.float32)[:, None]) * scale.to(tl.float32)[:, None]
+        tl.store(target + g * SIZE, nearest(x, dtype).to(dtype), mask=ours[:, None] & (c < SIZE)[None, :])
+
+
+@torch.library.custom_op("phasequant::read_kv", mutates_args=())
+def _read_op(codes: Tensor, scale: Tensor, zero: Tensor, d_head: int, dtype: torch.dtype, length: int) -> Tensor:
+    batch, kv_heads, _, groups = scale.shape
+    codes, scale, zero = (x if x.stride(3) == 1 else x.contiguous() for x in (codes, scale, zero))
+    out = torch.empty(batch, kv_heads, length, d_head, dtype=dtype, device=codes.device)
+    size = d_head // groups
+    with torch.cuda.device_of(codes):
+        _read[(batch * kv_heads, -(-length // READ))](
+            codes, scale, zero, out, kv_heads, length, *codes.stride()[:3], *scale.stride()[:3], *zero.stride()[:3],
+            groups, size, padded(size), READ, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+@_read_op.register_fake
+def _(codes: Tensor, scale: Tensor, zero: Tensor, d_head: int, dtype: torch.dtype, length: int) -> Tensor:
+    return torch.empty(*scale.shape[:2], length, d_head, dtype=dtype, device=codes.device)
+
+
+def read_kv(
+    codes: UInt8[Tensor, "B K S bytes"],
+    scale: Float16[Tensor, "B K S G"],
+    zero: UInt8[Tensor, "B K S G"],
+    d_head: int,
+    dtype: torch.dtype,
+    length: int,
+) -> Float[Tensor, "B K T H"]:
+    """Keys or values of the first `length` slots in `dtype`, of 16 bits or fp32; keys stay mapped."""
+    return _read_op(codes, scale, zero, d_head, dtype, length)
