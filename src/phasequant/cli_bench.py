@@ -238,8 +238,8 @@ def quantize(
     quiet: Quiet = False,
 ) -> None:
     """Seconds and memory that a recipe takes for blocks of a shape, on random weights."""
-    from phasequant.bench.quantizing import time_quantizing
     from phasequant.bench.shapes import shape_of
+    from phasequant.quantize_bench import time_quantizing
     from phasequant.recipe import Recipe
     from phasequant.surroundings import pick_device
 

@@ -32,7 +32,7 @@ from phasequant.kernels.int8_cpu import one_scale_a_row
 from phasequant.kernels.reference import add_rest
 from phasequant.numerics import QuantSpec, unpack
 
-PORTION = 256  # rows a core takes at once: more, and outputs leave its cache before they are scaled
+PORTION, LEAST_ROWS = 2**19, 256  # outputs that a core takes at once: 2 MiB of fp32; fewer rows slow the product
 SMALL = 2**22  # weights
 INT16 = 2**15 - 1
 
@@ -119,7 +119,8 @@ class OneDnn:
         assert spec.input is not None
         shift, bias, dtype = offset(spec.input), weights.tensors.bias, spec.dtype or torch.float32
         bias = None if bias is None else bias.to(torch.float32)
-        count, rows = codes.shape[0], PORTION * torch.get_num_threads()
+        count = codes.shape[0]
+        rows = max(LEAST_ROWS, PORTION // spec.out_features) * torch.get_num_threads()
         if count <= rows:
             if count == 1 and weights.rows is not None:
                 q_w, shifted = weights.rows

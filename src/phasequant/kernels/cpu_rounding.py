@@ -35,55 +35,45 @@ def round_rows(
     x: Float[Tensor, "T I"], spec: QuantSpec, calibrated: Float[Tensor, "2 1"] | None = None
 ) -> tuple[UInt8[Tensor, "T I"], Float[Tensor, "S 1"]]:
     """Codes + `offset(spec)`, and the scales, fp32: one a row (S = T), or one (S = 1)."""
-    scale: Tensor | None = None
-    if calibrated is not None:
-        scale = static_grid(calibrated.to(torch.float32), spec)[0].reshape(1, 1)
-    elif spec.granularity == "tensor":
-        scale = _scale(_largest(x, None).amax(0, keepdim=True), spec)
     count, width = x.shape
     rows = max(1, PIECE * torch.get_num_threads() // width)
-    if count <= rows:
-        return _round(x, spec, scale)
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    space = torch.empty(rows, width)
-    scales = []
-    for at in range(0, count, rows):
-        piece = x[at : at + rows]
-        scales.append(_round(piece, spec, scale, space[: len(piece)], codes[at : at + rows])[1])
-    return codes, torch.cat(scales) if scale is None else scale
-
-
-def _round(
-    x: Float[Tensor, "n I"],
-    spec: QuantSpec,
-    scale: Float[Tensor, "1 1"] | None,
-    space: Float[Tensor, "n I"] | None = None,
-    codes: UInt8[Tensor, "n I"] | None = None,
-) -> tuple[UInt8[Tensor, "n I"], Float[Tensor, "S 1"]]:
-    """One piece, in `space` and to `codes` where they are given."""
-    wide: Tensor | None = None
+    space = None if count <= rows else torch.empty(rows, width)
     if space is None:
         x = x.to(torch.float32)
-    if scale is None:
+    wide: Tensor | None = None
+    if calibrated is not None:
+        scale = static_grid(calibrated.to(torch.float32), spec)[0].reshape(1, 1)
+    else:
         largest = _largest(x, space)
+        if spec.granularity == "tensor":
+            largest = largest.amax(0, keepdim=True)
         scale = _scale(largest, spec)
         if spec.above is not None:
             by_largest = spec.rows_by == "absmax"
             wide = largest > spec.above if by_largest else wide_rows(x.to(torch.float32), spec)[:, None]
             scale = torch.where(wide, _scale(largest, spec.wide), scale)
-    if space is None:
-        values = x / scale
-    elif x.dtype == torch.float32:
-        values = torch.div(x, scale, out=space)
-    else:
-        values = space.copy_(x).div_(scale)
+    few = count <= FEW  # clamping is less than asking
+    within = spec.clip == 1.0 and not spec.static and not few and bool(scale.amin() > COARSE)
     start = WHOLE + offset(spec)
-    values.add_(_number(start))
-    few = x.shape[0] <= FEW  # clamping is less than asking
-    if few or spec.clip != 1.0 or spec.static or not bool(scale.amin() > COARSE):
-        _clamp(values, spec, start, wide)
-    low_bytes = values.view(torch.int32)
-    return low_bytes.to(torch.uint8) if codes is None else codes.copy_(low_bytes), scale
+
+    def low_bytes(values: Tensor, part: slice) -> Tensor:
+        values.add_(_number(start))
+        if not within:
+            _clamp(values, spec, start, None if wide is None else wide[part])
+        return values.view(torch.int32)
+
+    if space is None:
+        return low_bytes(x / scale, slice(None)).to(torch.uint8), scale
+    codes = torch.empty(count, width, dtype=torch.uint8)
+    for at in range(0, count, rows):
+        part = slice(at, min(at + rows, count))
+        values, s_x = space[: part.stop - at], scale if scale.shape[0] == 1 else scale[part]
+        if x.dtype == torch.float32:
+            torch.div(x[part], s_x, out=values)
+        else:
+            values.copy_(x[part]).div_(s_x)
+        codes[part].copy_(low_bytes(values, part))
+    return codes, scale
 
 
 def _clamp(values: Float[Tensor, "n I"], spec: QuantSpec, start: float, wide: Tensor | None) -> None:
@@ -96,14 +86,17 @@ def _clamp(values: Float[Tensor, "n I"], spec: QuantSpec, start: float, wide: Te
         torch.maximum(values, torch.where(wide, start + spec.wide.lowest, low), out=values)
 
 
-def _largest(x: Float[Tensor, "n I"], space: Float[Tensor, "n I"] | None) -> Float[Tensor, "n 1"]:
-    """max|x| of every row, fp32."""
+def _largest(x: Float[Tensor, "T I"], space: Float[Tensor, "n I"] | None) -> Float[Tensor, "T 1"]:
+    """max|x| of every row, fp32; by pieces of the size of `space`, where it is given."""
     if space is None:
-        return x.abs().amax(-1, keepdim=True).to(torch.float32)
+        return x.abs().amax(-1, keepdim=True)
     kind = torch.int16 if x.element_size() == 2 else torch.int32
-    bits = space.view(kind).flatten()[: x.numel()].view(x.shape)
-    torch.bitwise_and(x.view(kind), torch.iinfo(kind).max, out=bits)
-    return bits.amax(-1, keepdim=True).view(x.dtype).to(torch.float32)
+    bits, found = x.view(kind), torch.empty(x.shape[0], 1, dtype=kind)
+    unsigned = space.view(kind).flatten()[: space.numel()].view(space.shape)
+    for piece, top in zip(bits.split(space.shape[0]), found.split(space.shape[0]), strict=True):
+        held = torch.bitwise_and(piece, torch.iinfo(kind).max, out=unsigned[: piece.shape[0]])
+        torch.amax(held, -1, keepdim=True, out=top)
+    return found.view(x.dtype).to(torch.float32)
 
 
 def _scale(largest: Float[Tensor, "n 1"], spec: QuantSpec) -> Float[Tensor, "n 1"]:
