@@ -219,7 +219,7 @@ def test_mapped_keys_are_written_but_for_roundings_on_the_edge(d_head, orthogona
     keys, values = randn(2, 2, 40, d_head), randn(2, 2, 40, d_head)
     caches = empty(grid, 2, 2, 40), empty(grid, 2, 2, 40)
     start = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    table = grid.key_map.map().matrix().float().contiguous()
+    table = grid.key_map.map().matrix().float().contiguous().to(DEVICE)
     write_kv(keys, values, start, *caches, (grid.layout.keys, grid.layout.values), table)
     new = grid.encode(keys, values)
     assert all(torch.equal(a, b) for a, b in zip(caches[1], new.values.parts, strict=True))

@@ -319,8 +319,10 @@ def test_rows_in_portions(monkeypatch):
     ask = partial(norm_round, x, norm.weight, 1e-5, spec, residual=residual, linear_map=tiles, down=down, rounded=True)
     whole = ask()
     monkeypatch.setattr(module, "PORTION", 1)
-    for one, other in zip(ask(), whole, strict=True):
-        assert torch.equal(one, other)
+    parts = ask()
+    torch.testing.assert_close(parts.low, whole.low)  # cuBLAS sums by the number of rows
+    for one, other in zip(parts._replace(low=None), whole._replace(low=None), strict=True):
+        assert one is other or torch.equal(one, other)
 
 
 def test_what_is_not_taken_is_said():

@@ -4,13 +4,14 @@ int8 codes, compiled for the device and the shape at the first call.
 On Hopper, which has no 4-bit matrix unit, 4-bit codes travel in int8 lanes: the same integers, and the gain is in the
 bytes of the weights and in int8 arithmetic. humming holds scales of weights in 16 bits; ours are numbers of bfloat16
 (`numerics.weight_scale`), so nothing is lost, and checkpoints whose scales are not are refused. Sums are int32; the
-product with s_x is rounded to 16 bits, then the product with s_w: within one unit of the reference's last 16-bit place.
+product with s_x is rounded to 16 bits, then the product with s_w. Where warps or blocks share a long sum (few rows),
+humming adds their parts in 16 bits: outputs are within three 16-bit units of the larger of themselves and the mean
+magnitude (measured on an H100, 1 to 4097 rows), not of themselves alone; `triton-int8` adds integers throughout.
 
 The weights are laid out anew (`prepare`), the same bytes as they were. Group scales are refused: humming rounds them to
 integers of 1/1024 of the largest.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
 from phasequant.kernels.contract import LinearSpec, LinearTensors
+from phasequant.kernels.machine import Machine
 from phasequant.kernels.triton_int import entrance, int8_lanes
 
 ALIGNED = 64  # both sides of a weight come in tiles of it
@@ -41,11 +43,15 @@ class Humming:
 
     def can_run(self, spec: LinearSpec, device: torch.device) -> tuple[bool, str]:
         """Symmetric int4 or int8 weights with a scale a channel, int8 lanes, 16-bit in and out, an NVIDIA GPU."""
-        if importlib.util.find_spec("humming") is None:
+        return self.can_run_on(spec, Machine.of(device))
+
+    def can_run_on(self, spec: LinearSpec, machine: Machine) -> tuple[bool, str]:
+        """The same of a machine that need not be here."""
+        if "humming" not in machine.packages:
             return False, "humming-kernels is not installed"
-        if device.type != "cuda":
-            return False, f"runs on NVIDIA GPUs, not on {device.type}"
-        if torch.cuda.get_device_capability(device) < (7, 5):
+        if machine.kind != "cuda":
+            return False, f"runs on NVIDIA GPUs, not on {machine.kind}"
+        if (machine.capability or (0, 0)) < (7, 5):
             return False, "needs compute capability 7.5"
         return self.takes(spec)
 

@@ -16,6 +16,7 @@ from phasequant.nn.layout import (
     LowRank,
     ModelLayout,
     PrefixLayout,
+    empty_linear,
     in_16_bits,
     lay_out,
     prefix_tokens,
@@ -26,7 +27,7 @@ from phasequant.nn.layout import (
 )
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
-from phasequant.nn.prefix import attach_prefix, prefix_length, prefix_states, without_prefix
+from phasequant.nn.prefix import PrefixStates, attach_prefix, prefix_length, prefix_states, without_prefix
 from phasequant.nn.recomputed import Recomputed
 from phasequant.nn.softcap import capped_logits, is_capped, logits_of
 
@@ -43,11 +44,13 @@ __all__ = [
     "PackedLayer",
     "PackedStates",
     "PrefixLayout",
+    "PrefixStates",
     "QuantLinear",
     "Recomputed",
     "attach",
     "attach_prefix",
     "capped_logits",
+    "empty_linear",
     "in_16_bits",
     "is_capped",
     "kv_bytes_per_token",

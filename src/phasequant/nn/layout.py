@@ -210,28 +210,41 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def empty_linear(
+    layout: ModelLayout,
+    block: int,
+    group: str,
+    size: tuple[int, int],
+    *,
+    bias: bool,
+    device: torch.device | None,
+    dtype: torch.dtype,
+) -> QuantLinear:
+    """A linear of a group as the layout has it, (inputs, outputs) wide, to be filled by a loader."""
+    branch = layout.lowrank or LowRank({})
+    return QuantLinear(
+        *size,
+        bias=bias,
+        weight_spec=layout.weights_at(block, group),
+        input_spec=layout.activations[block, group],
+        online=OnlineMap(layout.online[group], device) if group in layout.online else None,
+        rank=branch.ranks.get(group, 0),
+        branch_rounded=branch.rounded,
+        branch_dtype=getattr(torch, branch.dtype),
+        device=device,
+        dtype=dtype,
+    )
+
+
 def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dtype: torch.dtype) -> None:
     """Replace the linears of an unfilled model by empty `QuantLinear`s, on the device where the linears are."""
     take_apart(model, model_map)
     for block, group, name in model_map.linears():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        device = linear.weight.device
-        online = OnlineMap(layout.online[group], device) if group in layout.online else None
-        branch = layout.lowrank or LowRank({})
-        module = QuantLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            weight_spec=layout.weights_at(block, group),
-            input_spec=layout.activations[block, group],
-            online=online,
-            rank=branch.ranks.get(group, 0),
-            branch_rounded=branch.rounded,
-            branch_dtype=getattr(torch, branch.dtype),
-            device=device,
-            dtype=dtype,
-        )
+        size, device = (linear.in_features, linear.out_features), linear.weight.device
+        bias = linear.bias is not None
+        module = empty_linear(layout, block, group, size, bias=bias, device=device, dtype=dtype)
         replace_module(model, name, module)
     if is_capped(model, model_map):
         switch_attention(model, model_map)

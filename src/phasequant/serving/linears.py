@@ -1,0 +1,100 @@
+r"""Linears of a served model: our kernels on our codes.
+
+    y = W̃ · Q( online(x) ) + B·A·online(x) + b           as `nn.linear` has it; shards of a fused layer stacked by rows
+
+The shards are laid out empty as a checkpoint's config says, filled by slots, stacked (`runtime.stacking`), and laid out
+for the kernel once (`runtime.linear`: on a GPU map and rounding are one kernel before the product). What the kernel
+prepared is all that is kept. To torch.compile and CUDA graphs a linear is one opaque operator.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from phasequant.nn import ModelLayout, QuantLinear, empty_linear
+from phasequant.runtime.linear import Linear
+from phasequant.runtime.stacking import stack
+from phasequant.serving.slots import Shard, Slots, ignored, tensors_of
+
+logger = init_logger(__name__)
+TRIPWIRE = "weight"  # a plain loader finds this name with a shape that it refuses (checkpoint.hf)
+
+_served: dict[int, Linear] = {}
+
+
+@torch.library.custom_op("phasequant::served_linear", mutates_args=())
+def served_linear(x: Tensor, key: int, out: int) -> Tensor:
+    """(T, I) → (T, O) by the linear that stands under `key`."""
+    return _served[key].plain(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], out)
+
+
+@served_linear.register_fake
+def _(x: Tensor, key: int, out: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out)
+
+
+class CodesLinear(LinearMethodBase):
+    """One group's linears, or one of them."""
+
+    def __init__(self, layout: ModelLayout, block: int, group: str) -> None:
+        self.layout, self.block, self.group = layout, block, group
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Empty shards, and slots for what fills them."""
+        device = torch.empty(0).device
+        shards: list[Shard] = [None]
+        if len(output_partition_sizes) > 1:
+            shards = ["q", "k", "v"] if self.group == "qkv" else list(range(len(output_partition_sizes)))
+        self.dtype, self.device = params_dtype, device
+        self.parts: dict[Shard, QuantLinear] = {
+            shard: empty_linear(
+                self.layout,
+                self.block,
+                self.group,
+                (input_size_per_partition, rows),
+                bias=False,
+                device=device,
+                dtype=params_dtype,
+            )
+            for shard, rows in zip(shards, output_partition_sizes, strict=True)
+        }
+        name = str(getattr(layer, "prefix", self.group))
+        self.slots = Slots(layer, name, {shard: tensors_of(part) for shard, part in self.parts.items()})
+        ignored(layer, [TRIPWIRE])
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Stack the shards and lay them out for the kernel."""
+        self.slots.close()
+        delattr(layer, TRIPWIRE)
+        parts = list(self.parts.values())
+        joined = stack(parts)
+        assert isinstance(joined, QuantLinear)
+        bias = getattr(layer, "bias", None)
+        if bias is not None and not getattr(layer, "skip_bias_add", False):
+            joined.bias = nn.Parameter(bias.data, requires_grad=False)
+        made = Linear(joined, self.device, self.dtype)
+        made.release(parts)
+        self.key, self.out = id(made), joined.out_features
+        _served[self.key] = made
+        layer.served = made
+        told = made.describe()
+        logger.info_once(
+            "phasequant: %s of block %d: kernel %s, entrance %s", self.group, self.block, told["kernel"],
+            told["entrance"],
+        )  # fmt: skip
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(*, I) → (*, O); the bias is added by the kernel, in fp32."""
+        return torch.ops.phasequant.served_linear(x, self.key, self.out)

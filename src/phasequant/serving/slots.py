@@ -1,0 +1,93 @@
+"""Slots: parameters that vLLM's loader finds by name, whose loaders hand each tensor on to where it belongs.
+
+A fused layer of vLLM's has one slot a name; the loader is called once for each shard, whose own empty tensor is filled.
+Shapes and types are compared, and what was never filled is found at the end: vLLM itself looks after neither in
+quantized models.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phasequant.errors import PhaseQuantError
+
+Shard = str | int | None
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers and parameters of a module by their dotted names, as a checkpoint has them."""
+    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+
+
+class Slots:
+    """The slots of one layer: shard → name → the tensor to fill."""
+
+    def __init__(self, layer: nn.Module, name: str, targets: Mapping[Shard, Mapping[str, Tensor]]) -> None:
+        """Add the slots to `layer`, called `name` in messages."""
+        self.layer, self.name, self.targets = layer, name, targets
+        self.missing = {(shard, key) for shard, tensors in targets.items() for key in tensors}
+        self.keys: list[str] = sorted({key for tensors in targets.values() for key in tensors})
+        for key in self.keys:
+            dtype = next(tensors[key].dtype for tensors in targets.values() if key in tensors)
+            self._add(key, dtype)
+
+    def _add(self, key: str, dtype: torch.dtype) -> None:
+        *parents, leaf = key.split(".")
+        holder = self.layer
+        for parent in parents:
+            if not hasattr(holder, parent):
+                holder.add_module(parent, nn.Module())
+            holder = getattr(holder, parent)
+        slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+
+        def load(_: nn.Parameter, given: Tensor, shard: Shard = None) -> None:
+            self.fill(key, given, getattr(given, "shard_id", None) if shard is None else shard)
+
+        slot.weight_loader = load  # type: ignore[attr-defined]
+        holder.register_parameter(leaf, slot)
+
+    def fill(self, key: str, given: Tensor, shard: Shard) -> None:
+        """Copy a tensor of the checkpoint to its place."""
+        target = self.targets.get(shard, {}).get(key)
+        if target is None:
+            raise PhaseQuantError(f"'{self.name}.{key}' (shard {shard}) is not in this checkpoint's layout")
+        if target.shape != given.shape or (target.dtype != given.dtype and not _same_kind(target, given)):
+            raise PhaseQuantError(
+                f"'{self.name}.{key}' (shard {shard}) is {given.dtype} {tuple(given.shape)}, and its config says "
+                f"{target.dtype} {tuple(target.shape)}: config and weights are not of one checkpoint; get it again"
+            )
+        with torch.no_grad():
+            target.copy_(given)
+        self.missing.discard((shard, key))
+
+    def close(self) -> None:
+        """All must be filled; take the slots away."""
+        if self.missing:
+            shard, key = sorted(self.missing, key=str)[0]
+            raise PhaseQuantError(
+                f"the checkpoint lacks {len(self.missing)} tensors of '{self.name}', first '{key}' (shard {shard}): "
+                "get it again"
+            )
+        for key in self.keys:
+            top = key.split(".")[0]
+            if hasattr(self.layer, top):
+                delattr(self.layer, top)
+
+
+def _same_kind(one: Tensor, other: Tensor) -> bool:
+    """Dense tensors may be loaded in another floating-point type; codes and scales may not change theirs."""
+    return one.dtype.is_floating_point and other.dtype.is_floating_point and isinstance(one, nn.Parameter)
+
+
+def ignored(layer: nn.Module, keys: Iterable[str]) -> None:
+    """Slots whose tensors are not read."""
+
+    def skip(*_: Any) -> None:
+        return None
+
+    for key in keys:
+        slot = nn.Parameter(torch.empty(0), requires_grad=False)
+        slot.weight_loader = skip  # type: ignore[attr-defined]
+        layer.register_parameter(key, slot)
