@@ -109,9 +109,11 @@ def test_files_hold_what_they_promise(tiny, tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         keys = set(file.keys())
         packed = file.get_tensor("model.layers.0.self_attn.q_proj.weight_packed")
+        seal = file.get_tensor("model.layers.0.self_attn.q_proj.weight")
     assert packed.dtype == torch.uint8 and packed.shape == (48, 24)
-    # a loader that does not know us finds no linear of the blocks at all
-    assert not any(key.startswith("model.layers") and key.endswith("proj.weight") for key in keys)
+    # a loader that does not know us finds no linear of the blocks but one, and that has no linear's shape: the seal
+    plain = [key for key in keys if key.startswith("model.layers") and key.endswith("proj.weight")]
+    assert plain == ["model.layers.0.self_attn.q_proj.weight"] and seal.shape == (32,)
 
 
 def test_half_and_double_leave_the_grid_alone(tiny, tmp_path):
@@ -215,7 +217,7 @@ def test_missing_file(checkpoint, name):
     [
         (lambda c: c["quantization_config"].update(format=1), "format 1"),
         (lambda c: c["quantization_config"]["layout"].pop("weights"), "not one of PhaseQuant's"),
-        (lambda c: c["quantization_config"]["layout"]["weights"].update(bits=8), "has shape"),
+        (lambda c: c["quantization_config"]["layout"]["weights"].update(bits=8), "layout's hash"),
         (lambda c: c["quantization_config"]["layout"]["weights"].update(bitz=4), "bits"),
         (lambda c: c["quantization_config"].update(extra=1), "extra"),
         (

@@ -11,8 +11,10 @@ Importing the package registers the quantization method `phasequant` with Transf
 """
 
 from phasequant.api import Analysis, analyze, bench_linears, chat, evaluate, quantize
-from phasequant.checkpoint import load, register
+from phasequant.checkpoint import load, push, register
+from phasequant.doctor import doctor
 from phasequant.errors import PhaseQuantError
+from phasequant.export import export
 from phasequant.pipeline import Quantized
 from phasequant.plan import PrecisionPlan
 from phasequant.recipe import Recipe
@@ -30,8 +32,11 @@ __all__ = [
     "analyze",
     "bench_linears",
     "chat",
+    "doctor",
     "evaluate",
+    "export",
     "load",
     "open_model",
+    "push",
     "quantize",
 ]

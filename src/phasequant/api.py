@@ -300,7 +300,7 @@ def evaluate(
         row = figures(source.model, source.map, replace(teacher_score, kl=0.0), 0.0)
     else:
         row = figures(candidate, source.map, scores["model"], a8_share)
-    return {
+    measured = {
         "model": source.name,
         **row,
         "ppl_16bit": teacher_score.ppl if teacher_score else None,
@@ -313,6 +313,10 @@ def evaluate(
         "kernels": kernels_used(candidate) if candidate else {},
         "seconds": round(time.monotonic() - start, 1),
     }
+    if made is not None:  # its manifest and model card tell it
+        told = ("ppl", "ppl_16bit", "kl", "text", "text_sha256", "chunks", "seqlen")
+        made.origin["evaluation"] = {key: measured[key] for key in told}
+    return measured
 
 
 def _chunks(corpus: texts.Corpus, source: Source, seqlen: int, most: int | None) -> Int[Tensor, "chunks T"]:

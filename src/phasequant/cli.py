@@ -13,6 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from phasequant.cli_bench import bench, whole_numbers
+from phasequant.cli_doctor import doctor
+from phasequant.cli_export import export
+from phasequant.cli_push import push
+from phasequant.cli_serve import serve
 from phasequant.console import note, out, set_quiet, stderr
 from phasequant.errors import PhaseQuantError, did_you_mean
 
@@ -49,6 +53,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
 
 app.add_typer(bench, name="bench")
+app.command()(doctor)
+app.command()(push)
+app.command()(export)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def _overrides(

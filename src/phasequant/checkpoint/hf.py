@@ -1,10 +1,17 @@
-"""PhaseQuant as a quantization method of Transformers: registered on import, no model patched.
+"""PhaseQuant as a quantization method of Transformers: registered on import, no class patched.
 
-`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 5, "layout": {…}}`. Loading lays
-out empty `QuantLinear`s and KV quantizers on the meta device and lets Transformers fill them. A layout of a newer
-format is refused. Saving hands over codes as they are and dense tensors in the checkpoint's 16-bit type.
+`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 6, "layout": {…}}`. Loading lays
+out empty `QuantLinear`s and KV quantizers on the meta device, compares the files with them (manifest where there is
+one, seal, names, shapes), and lets Transformers fill them. A layout of a newer format is refused. Saving hands over
+codes as they are, dense tensors in the checkpoint's 16-bit type, and the seal.
 """
 
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +26,28 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from phasequant.arch import ModelMap
+from phasequant.checkpoint import manifest
+from phasequant.checkpoint.saving import give_shim
+from phasequant.checkpoint.seal import BYTES, SEALED_SINCE, layout_hash, seal_name, seal_of
+from phasequant.checkpoint.tensors import Entry, check_tensors, headers, read_bytes
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import ModelLayout, lay_out, quant_linears
 
 METHOD = "phasequant"
-FORMAT = 5
-READS = (2, 3, 4, 5)  # 3 added branches and floating-point grids; 4 static grids, a prefix; 5 rows of their own
+FORMAT = 6
+READS = (2, 3, 4, 5, 6)  # 3: branches, floating-point grids; 4: static grids, a prefix; 5: rows of their own; 6: a seal
+SEAL = Entry((BYTES,), "U8")
+_hashes = ContextVar("hashes", default=True)
+
+
+@contextmanager
+def without_hashes() -> Iterator[None]:
+    """Loads inside do not compare files with the manifest: that was done, or is not wanted."""
+    token = _hashes.set(False)
+    try:
+        yield
+    finally:
+        _hashes.reset(token)
 
 
 class PhaseQuantConfig(QuantizationConfigMixin):
@@ -36,7 +59,7 @@ class PhaseQuantConfig(QuantizationConfigMixin):
         if format not in READS:
             raise PhaseQuantError(
                 f"the checkpoint has format {format}, and this phasequant reads formats {READS[0]} to {READS[-1]}: "
-                "install the version that wrote it (its manifest.json says which)"
+                "install the version that wrote it (its manifest.json says which), or a newer one"
             )
         if unknown:
             raise PhaseQuantError(f"unknown key '{next(iter(unknown))}' in quantization_config: config.json was edited")
@@ -45,17 +68,25 @@ class PhaseQuantConfig(QuantizationConfigMixin):
         self.dtype = dtype
         self.layout = layout
 
+    def to_dict(self) -> dict[str, Any]:
+        """For `config.json`: what is written has today's format, whichever was read."""
+        return {**super().to_dict(), "format": FORMAT}
+
 
 class PhaseQuantQuantizer(HfQuantizer):
     """Lays out a model for loading, and its state dict for saving."""
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
         model_map = ModelMap.from_config(model.config)
         layout = ModelLayout.from_dict(self.quantization_config.layout, model_map)
         # The type asked for does not reach a quantizer; the model was made in it.
         lay_out(model, model_map, layout, model.get_submodule(model_map.family.embeddings).weight.dtype)
+        if checkpoint_files:
+            self._check_files([Path(name) for name in checkpoint_files], model, model_map)
         self._laid_out = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
@@ -68,9 +99,31 @@ class PhaseQuantQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(dtype)
         return model
 
+    def _check_files(self, files: list[Path], model: PreTrainedModel, model_map: ModelMap) -> None:
+        """Manifest, seal, names and shapes; the seal's tensor is nobody's, and Transformers is told so."""
+        folder, config = files[0].parent, self.quantization_config
+        if _hashes.get() and (folder / manifest.NAME).is_file():
+            manifest.check(folder, weights_only=True)
+        found = headers(files)
+        name = seal_name(model_map)
+        if config.format >= SEALED_SINCE:
+            if found.get(name) != SEAL:
+                raise PhaseQuantError(f"the weights in {folder} lack their seal '{name}': get the checkpoint again")
+            if read_bytes(files, name).hex() != layout_hash(config.layout, config.dtype):
+                raise PhaseQuantError(
+                    f"config.json in {folder} is not the one that the weights were saved with (the layout's hash "
+                    "differs): it was edited, or is of another plan; get the checkpoint again"
+                )
+            del found[name]
+            ignored = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(name)}$"}
+        check_tensors(folder, found, model)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Parameters in the checkpoint's type, tied ones still one tensor; buffers (codes, scales, factors) as they
-        are."""
+        are; the seal. The shim is written beside them."""
+        frame = inspect.currentframe()
+        give_shim(model, frame and frame.f_back)
         dtype = getattr(torch, self.quantization_config.dtype)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         made: dict[tuple[int, torch.Size], Tensor] = {}
@@ -81,6 +134,8 @@ class PhaseQuantQuantizer(HfQuantizer):
                 if key not in made:
                     made[key] = tensor.to(dtype)
                 state[name] = made[key]
+        config = self.quantization_config
+        state[seal_name(ModelMap.from_config(model.config))] = seal_of(config.layout, config.dtype)
         return state, {}
 
     def is_serializable(self) -> bool:

@@ -1,7 +1,8 @@
 """`manifest.json`: what made a checkpoint, and the hash of every file in it.
 
 Written last, so that a directory with a manifest is whole. Loading checks sizes and hashes first: a shard cut short, a
-flipped bit or an edited config is found before a number is computed from it.
+flipped bit or an edited config is found before a number is computed from it. The model card has no hash: it is prose,
+and may be edited.
 """
 
 import hashlib
@@ -12,13 +13,15 @@ from typing import Any
 from phasequant.errors import PhaseQuantError
 
 NAME = "manifest.json"
+FORMAT = 1
+CARD = "README.md"
 REQUIRED = ("config.json", "plan.json", "recipe.yaml")
 
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a directory but the manifest."""
+    """Size and SHA-256 of every file of a directory but the manifest and the model card."""
     entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (NAME, CARD)):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
@@ -27,7 +30,7 @@ def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
 
 def write(folder: Path, content: dict[str, Any]) -> None:
     """Write the manifest of a finished directory."""
-    text = json.dumps({**content, "files": file_entries(folder)}, indent=1, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **content, "files": file_entries(folder)}, indent=1, ensure_ascii=False)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -41,6 +44,11 @@ def read(folder: Path) -> dict[str, Any]:
         raise PhaseQuantError(f"{folder / NAME} cannot be read ({error}): get the checkpoint again") from error
     if not _well_formed(values):
         raise PhaseQuantError(f"{folder / NAME} is not a manifest of PhaseQuant's: get the checkpoint again")
+    if values.get("format", FORMAT) != FORMAT:
+        raise PhaseQuantError(
+            f"{folder / NAME} has format {values['format']}, and this phasequant reads format {FORMAT}: install "
+            f"phasequant {values['versions']['phasequant']}, which wrote it, or a newer one"
+        )
     return values
 
 
@@ -63,11 +71,12 @@ def is_ours(folder: Path) -> bool:
     except PhaseQuantError:
         return False
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-    return found <= {NAME, *values["files"]}
+    return found <= {NAME, CARD, *values["files"]}
 
 
-def check(folder: Path) -> dict[str, Any]:
-    """Compare every file with the manifest, and return it."""
+def check(folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
+    """Compare every file with the manifest, and return it. `weights_only`: config.json, the weights and their index,
+    which is what a loader of Transformers has read or will read."""
     values = read(folder)
     for name in REQUIRED:
         if name not in values["files"]:
@@ -76,6 +85,8 @@ def check(folder: Path) -> dict[str, Any]:
         if path.name not in values["files"]:
             raise PhaseQuantError(f"'{path.name}' in {folder} is not of this checkpoint: remove it, or get it again")
     for name, entry in values["files"].items():
+        if weights_only and name != "config.json" and ".safetensors" not in name:
+            continue
         path = folder / name
         if not path.is_file():
             raise PhaseQuantError(f"the checkpoint {folder} lacks '{name}': get it again")

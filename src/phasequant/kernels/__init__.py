@@ -12,6 +12,7 @@ from phasequant.kernels.contract import Kernel, LinearSpec, LinearTensors, Prepa
 from phasequant.kernels.cpu_onednn import OneDnn
 from phasequant.kernels.humming import Humming
 from phasequant.kernels.int8_cpu import Int8Cpu
+from phasequant.kernels.machine import Machine
 from phasequant.kernels.reference import Reference, dense_weight, round_input
 from phasequant.kernels.triton_int import TritonInt
 
@@ -35,4 +36,31 @@ def choose(spec: LinearSpec, device: torch.device, name: str | None = None) -> K
     raise PhaseQuantError(f"no kernel runs {spec} on {device}: {'; '.join(reasons) or f'unknown; there are {known}'}")
 
 
-__all__ = ["KERNELS", "Kernel", "LinearSpec", "LinearTensors", "Prepared", "choose", "dense_weight", "round_input"]
+def choose_on(spec: LinearSpec, machine: Machine, name: str | None = None) -> tuple[Kernel | None, dict[str, str]]:
+    """What `choose` takes on a machine that need not be here, by the same rules, and why not what it prefers to that;
+    None where nothing runs. `cpu` is always this one: what a CPU adds without overflow is tried, not looked up."""
+    name = name or os.environ.get(CHOICE) or None
+    reasons: dict[str, str] = {}
+    for kernel in KERNELS:
+        if name is not None and kernel.name != name:
+            continue
+        asked = getattr(kernel, "can_run_on", None)  # of those that depend on more than the kind of device
+        ok, reason = kernel.can_run(spec, torch.device(machine.kind)) if asked is None else asked(spec, machine)
+        if ok:
+            return kernel, reasons
+        reasons[kernel.name] = reason
+    return None, reasons
+
+
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "LinearSpec",
+    "LinearTensors",
+    "Machine",
+    "Prepared",
+    "choose",
+    "choose_on",
+    "dense_weight",
+    "round_input",
+]

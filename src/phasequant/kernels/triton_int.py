@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.kernels.contract import LinearSpec, LinearTensors
-from phasequant.kernels.gpu import runs_on
+from phasequant.kernels.gpu import runs
+from phasequant.kernels.machine import Machine
 
 INT32 = 2**31 - 1
 SMALLEST_GROUP = 64  # half of it, the bytes, is the least depth that int8 matrix units take
@@ -26,8 +27,12 @@ class TritonInt:
 
     def can_run(self, spec: LinearSpec, device: torch.device) -> tuple[bool, str]:
         """Integer grids that one product of int8 codes can give."""
-        ok, reason = runs_on(device)
-        if not ok or device.type != "cuda":  # the interpreter is for tests, which ask for it by hand
+        return self.can_run_on(spec, Machine.of(device))
+
+    def can_run_on(self, spec: LinearSpec, machine: Machine) -> tuple[bool, str]:
+        """The same of a machine that need not be here."""
+        ok, reason = runs(machine.kind, "triton" in machine.packages)
+        if not ok or machine.kind != "cuda":  # the interpreter is for tests, which ask for it by hand
             return False, reason if not ok else "Triton's interpreter is for tests"
         return self.takes(spec)
 

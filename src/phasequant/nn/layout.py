@@ -242,9 +242,9 @@ def lay_out(model: PreTrainedModel, model_map: ModelMap, layout: ModelLayout, dt
     for block, group, name in model_map.linears():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        size, device = (linear.in_features, linear.out_features), linear.weight.device
+        width, device = (linear.in_features, linear.out_features), linear.weight.device
         bias = linear.bias is not None
-        module = empty_linear(layout, block, group, size, bias=bias, device=device, dtype=dtype)
+        module = empty_linear(layout, block, group, width, bias=bias, device=device, dtype=dtype)
         replace_module(model, name, module)
     if is_capped(model, model_map):
         switch_attention(model, model_map)

@@ -50,6 +50,11 @@ class RotationPart(Part):
         description="quarot, dfrot, frtq: heads mixed online before o, or apart: nothing runs there, and only R3, R4 "
         "(and what rotation.where=online adds) are left online",
     )
+    online: bool = Field(
+        True,
+        description="quarot, dfrot, frtq, spin: false: R1 and R2 alone, folded; neither mixed heads nor R3 nor R4, and "
+        "nothing runs online, as `phasequant export` needs it",
+    )
     block: Annotated[int, Field(ge=2)] | None = Field(
         None, description="quarot online: Hadamards of this order side by side, instead of one of the width (for fp4)"
     )

@@ -116,6 +116,13 @@ class Recipe(Part):
             raise ValueError(f"rotation.where=online has no meaning with transform.method={method}: it does not choose")
         if self.rotation.heads == "apart" and method not in ("quarot", "dfrot", "frtq"):
             raise ValueError(f"rotation.heads=apart goes with quarot, dfrot and frtq; {method} decides that itself")
+        if not self.rotation.online and (
+            method not in ("quarot", "dfrot", "frtq", "spin") or self.rotation.where != "folded"
+        ):
+            raise ValueError(
+                "rotation.online=false leaves folded rotations alone: it goes with quarot, dfrot, frtq or spin, and "
+                "rotation.where=folded"
+            )
         if self.rotation.block is not None and (method, self.rotation.where) != ("quarot", "online"):
             raise ValueError("rotation.block goes with transform.method=quarot and rotation.where=online")
         if learning.optimizer == "adamw" and spin:

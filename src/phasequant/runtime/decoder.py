@@ -34,7 +34,12 @@ FAMILIES = ("LLaMA", "Mistral", "Qwen2", "Qwen3")
 
 def can_run(model: PreTrainedModel) -> tuple[bool, str]:
     """Whether `Decoder` runs a model; if not, why."""
-    name = ModelMap.from_config(model.config).family.name
+    return can_run_config(model.config)
+
+
+def can_run_config(config: Any) -> tuple[bool, str]:
+    """The same of a Transformers config."""
+    name = ModelMap.from_config(config).family.name
     if name not in FAMILIES:
         return False, f"the runtime has the layout of {', '.join(FAMILIES)}, not {name}'s: it runs in Transformers"
     return True, "pre-norm blocks, RMS norms, gated MLP"
@@ -42,8 +47,13 @@ def can_run(model: PreTrainedModel) -> tuple[bool, str]:
 
 def window_of(model: PreTrainedModel) -> int | None:
     """How far its tokens see; None where all do."""
-    kinds = getattr(model.config, "layer_types", None)
-    window = getattr(model.config, "sliding_window", None)
+    return window_in(model.config)
+
+
+def window_in(config: Any) -> int | None:
+    """The same of a Transformers config."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
     if window is None or (kinds is not None and "sliding_attention" not in kinds):
         return None
     return int(window)

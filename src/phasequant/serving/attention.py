@@ -77,7 +77,8 @@ class Embedding(UnquantizedEmbeddingMethod):
             if bool(((where < len(tokens)) & (input_ != meant)).any()):
                 raise PhaseQuantError(
                     f"a prompt does not begin with this checkpoint's prefix {tokens.tolist()}: the process that takes "
-                    "the prompts runs without PhaseQuant's plugin; install phasequant there, and let VLLM_PLUGINS name it"
+                    "the prompts runs without PhaseQuant's plugin; install phasequant there, and see that VLLM_PLUGINS "
+                    "does not leave it out"
                 )
         return super().embedding(layer, input_)
 

@@ -23,6 +23,7 @@ from phasequant.arch import ModelMap
 from phasequant.checkpoint import manifest
 from phasequant.checkpoint.hf import METHOD
 from phasequant.checkpoint.hf import PhaseQuantConfig as Stored
+from phasequant.checkpoint.seal import seal_of
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import ModelLayout
 from phasequant.serving import cpu_attention
@@ -131,7 +132,7 @@ class PhaseQuantConfig(QuantizationConfig):
             )
         (place,) = places
         assert place is not None
-        return CodesLinear(layout, *place)
+        return CodesLinear(layout, *place, seal=lambda: seal_of(self.stored.layout, self.stored.dtype))
 
     @staticmethod
     def get_cache_scale_mapper() -> WeightsMapper:
@@ -143,7 +144,7 @@ class PhaseQuantConfig(QuantizationConfig):
 
 
 def _as_torch_computes(running: Any) -> None:
-    """Norms, RoPE and acts by torch, as in Transformers, and not by vLLM's own operators, which sum in another order."""
+    """Norms, RoPE and acts by torch, as in Transformers: vLLM's own operators sum in another order."""
     ops = running.compilation_config.custom_ops
     if cpu_attention.chosen(torch.device("cpu")) and "none" not in ops:
         ops[:] = ["none", *(op for op in ops if op != "all")]

@@ -10,7 +10,6 @@ Keys and values stand in vLLM's own paged cache, (blocks, K, size, H) each, wher
 """
 
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +21,14 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn.softcap import attend
 
 CHOICE = "PHASEQUANT_VLLM_ATTENTION"
+
+
+class _Like(torch.nn.Module):
+    """What Transformers' SDPA asks of the attention module it computes for."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups, self.is_causal, self.training = groups, True, False
 
 
 def chosen(device: torch.device) -> bool:
@@ -72,7 +79,7 @@ def attend_by_sequence(
     keys[kept // size, :, kept % size] = key[: len(kept)]
     values[kept // size, :, kept % size] = value[: len(kept)]
     window = layer.sliding_window
-    like = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, training=False)
+    like = _Like(query.shape[1] // key.shape[1])
     starts, lengths = told.query_start_loc.tolist(), told.seq_lens.tolist()
     for request, length in enumerate(lengths):
         begin, end = starts[request], starts[request + 1]
@@ -82,11 +89,10 @@ def attend_by_sequence(
         if end <= begin:
             continue
         pages = told.block_table[request, : -(-length // size)].long()
-        held = (t[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for t in (keys, values))
+        seen, read = (t[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for t in (keys, values))
         asked = query[begin:end].transpose(0, 1)[None]
         mask = _mask(first, end - begin, length, prefix, window)
-        found, _ = attend(
-            like, asked, *held, mask, scaling=layer.impl.scale, softcap=layer.impl.logits_soft_cap or None
-        )  # type: ignore[arg-type]
+        cap = layer.impl.logits_soft_cap or None
+        found, _ = attend(like, asked, seen, read, mask, scaling=layer.impl.scale, softcap=cap)
         out[begin:end] = found[0]
     return out.flatten(1)

@@ -7,6 +7,7 @@ for the kernel once (`runtime.linear`: on a GPU map and rounding are one kernel 
 prepared is all that is kept. To torch.compile and CUDA graphs a linear is one opaque operator.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from phasequant.nn import ModelLayout, QuantLinear, empty_linear
 from phasequant.runtime.linear import Linear
 from phasequant.runtime.stacking import stack
-from phasequant.serving.slots import Shard, Slots, ignored, tensors_of
+from phasequant.serving.slots import Shard, Slots, sealed, tensors_of
 
 logger = init_logger(__name__)
-TRIPWIRE = "weight"  # a plain loader finds this name with a shape that it refuses (checkpoint.hf)
+SEAL = "weight"  # of the first linear alone (checkpoint.seal)
 
 _served: dict[int, Linear] = {}
 
@@ -39,8 +40,8 @@ def _(x: Tensor, key: int, out: int) -> Tensor:
 class CodesLinear(LinearMethodBase):
     """One group's linears, or one of them."""
 
-    def __init__(self, layout: ModelLayout, block: int, group: str) -> None:
-        self.layout, self.block, self.group = layout, block, group
+    def __init__(self, layout: ModelLayout, block: int, group: str, seal: Callable[[], Tensor]) -> None:
+        self.layout, self.block, self.group, self.seal = layout, block, group, seal
 
     def create_weights(
         self,
@@ -72,12 +73,12 @@ class CodesLinear(LinearMethodBase):
         }
         name = str(getattr(layer, "prefix", self.group))
         self.slots = Slots(layer, name, {shard: tensors_of(part) for shard, part in self.parts.items()})
-        ignored(layer, [TRIPWIRE])
+        sealed(layer, SEAL, self.seal)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Stack the shards and lay them out for the kernel."""
         self.slots.close()
-        delattr(layer, TRIPWIRE)
+        delattr(layer, SEAL)
         parts = list(self.parts.values())
         joined = stack(parts)
         assert isinstance(joined, QuantLinear)
@@ -88,7 +89,6 @@ class CodesLinear(LinearMethodBase):
         made.release(parts)
         self.key, self.out = id(made), joined.out_features
         _served[self.key] = made
-        layer.served = made
         told = made.describe()
         logger.info_once(
             "phasequant: %s of block %d: kernel %s, entrance %s", self.group, self.block, told["kernel"],

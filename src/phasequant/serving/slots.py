@@ -5,8 +5,7 @@ Shapes and types are compared, and what was never filled is found at the end: vL
 quantized models.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +80,13 @@ def _same_kind(one: Tensor, other: Tensor) -> bool:
     return one.dtype.is_floating_point and other.dtype.is_floating_point and isinstance(one, nn.Parameter)
 
 
-def ignored(layer: nn.Module, keys: Iterable[str]) -> None:
-    """Slots whose tensors are not read."""
+def sealed(layer: nn.Module, key: str, meant: Callable[[], Tensor]) -> None:
+    """A slot whose tensor is compared, and not kept: it must be `meant()`."""
 
-    def skip(*_: Any) -> None:
-        return None
+    def compare(_: nn.Parameter, given: Tensor, shard: Shard = None) -> None:
+        if not torch.equal(given.cpu(), meant()):
+            raise PhaseQuantError("the checkpoint's weights are not those of its config: get it again")
 
-    for key in keys:
-        slot = nn.Parameter(torch.empty(0), requires_grad=False)
-        slot.weight_loader = skip  # type: ignore[attr-defined]
-        layer.register_parameter(key, slot)
+    slot = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+    slot.weight_loader = compare  # type: ignore[attr-defined]
+    layer.register_parameter(key, slot)

@@ -1,8 +1,8 @@
 """What the vLLM plugin computes as promised, and what it refuses: rules on a layout, without vLLM and without weights.
 
     linears      any grid, map and branch that a kernel of ours takes: they are computed by our kernels
-    KV grid      keys and values are rounded to the checkpoint's own grid, then kept in vLLM's 16-bit cache: the promised
-                 numbers, but 16-bit bytes
+    KV grid      keys and values are rounded to the checkpoint's own grid, then kept in vLLM's 16-bit cache: the
+                 promised numbers, but 16-bit bytes
     prefix       its token ids stand before every prompt; the stored keys and values take the place of theirs
     refused      mixtures of experts, parts of a model on several devices (tensor and pipeline parallel)
 
@@ -24,7 +24,7 @@ def refusals(
             f"{model_map.family.name} has a mixture of experts, which vLLM computes in kernels of its own: "
             "the plugin takes dense models only"
         )
-    if tensor_parallel > 1 and layout.weights is not None:
+    if tensor_parallel > 1:
         found.append(
             f"tensor_parallel_size={tensor_parallel}: the scale of a token is taken over the whole input of a linear, "
             "and a shard sees a part of it; use tensor_parallel_size=1 (data parallel replicas work)"

@@ -159,12 +159,13 @@ def fit_down(task: Task, samples: Samples, start: Transform, refine: Refine) -> 
 
 def dfrot(task: Task) -> Transform:
     """DFRot's rotations of a model."""
-    start = fixed_rotations(task.map, task.seed, task.rotation.where, "dfrot", task.rotation.heads)
-    down = task.rotation.down == "learned"
+    part = task.rotation
+    start = fixed_rotations(task.map, task.seed, part.where, "dfrot", part.heads, part.online)
+    down = part.down == "learned" and part.online
     samples = sample(task, values=False, down=down)
 
     def refine(rows: Tensor, rotation: LinearMap) -> LinearMap:
-        return alternate(rows, rotation, task.rotation.iterations)
+        return alternate(rows, rotation, part.iterations)
 
     made = fit_readers(task, samples, start, refine)
     return fit_down(task, samples, made, refine) if down else made

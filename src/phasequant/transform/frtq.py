@@ -93,8 +93,8 @@ def _inner(task: Task, samples: Samples, start: Transform) -> Transform:
 def frtq(task: Task) -> Transform:
     """FRTQ's rotations of a model."""
     part = task.rotation
-    start = fixed_rotations(task.map, task.seed, part.where, "frtq", part.heads)
-    down = part.down == "learned"
+    start = fixed_rotations(task.map, task.seed, part.where, "frtq", part.heads, part.online)
+    down = part.down == "learned" and part.online
     samples = sample(task, values=True, down=down)
 
     def refine(rows: Tensor, rotation: LinearMap) -> LinearMap:

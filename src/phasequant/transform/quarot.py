@@ -14,6 +14,7 @@ M ⊗ R2 over the whole width; before down R4 acts on the product of the MLP; R3
 
     rotation.heads: apart    without M: o sees every head rotated by R2 alone; online only R3 and R4, which is
                      what stock servers have kernels for
+    rotation.online: false   R1 and R2 alone: neither M, R3 nor R4, so that nothing at all runs online
     rotation.block: B (online) Hadamards of order B side by side instead: B multiply-adds a value; nothing before o,
                      whose blocks are in R2. What MR-GPTQ (arXiv 2509.23202) does for FP4, whose scales span 16 or 32
 
@@ -35,11 +36,17 @@ from phasequant.transform.contract import BlockTransform, Task, Transform, check
 
 
 def fixed_rotations(
-    model_map: ModelMap, seed: int, where: str = "folded", method: str = "quarot", heads: str = "mixed"
+    model_map: ModelMap,
+    seed: int,
+    where: str = "folded",
+    method: str = "quarot",
+    heads: str = "mixed",
+    online: bool = True,
 ) -> Transform:
-    """QuaRot's rotations for a model; also where the learned methods begin. `heads`: mixed by M, or apart."""
+    """QuaRot's rotations for a model; also where the learned methods begin. `heads`: mixed by M, or apart. `online`:
+    whether what cannot be folded runs, M, R3 and R4."""
     shape = model_map.shape
-    folded = where == "folded"
+    folded, mixed = where == "folded", shape.heads > 1 and heads == "mixed"
     if folded:
         check_folding(model_map)
     reader = None if folded else spreading_rotation(shape.d_model, seed)
@@ -47,9 +54,9 @@ def fixed_rotations(
         qkv=reader,
         gate_up=reader,
         value=spreading_rotation(shape.d_head, seed, copies=shape.kv_heads) if model_map.family.value else None,
-        heads=spreading_mix(shape.heads, shape.d_head, seed) if shape.heads > 1 and heads == "mixed" else None,
-        qk=spreading_rotation(shape.d_head, seed),
-        down=spreading_rotation(shape.d_ffn, seed),
+        heads=spreading_mix(shape.heads, shape.d_head, seed) if online and mixed else None,
+        qk=spreading_rotation(shape.d_head, seed) if online else None,
+        down=spreading_rotation(shape.d_ffn, seed) if online else None,
     )
     residual = spreading_rotation(shape.d_model, seed, randomize=True) if folded else None
     return Transform.alike(method, model_map, block, folds_norms=folded, residual=residual)
@@ -81,4 +88,5 @@ def quarot(task: Task) -> Transform:
     """QuaRot."""
     if task.rotation.block is not None:
         return block_rotations(task.map, task.rotation.block)
-    return fixed_rotations(task.map, task.seed, task.rotation.where, heads=task.rotation.heads)
+    part = task.rotation
+    return fixed_rotations(task.map, task.seed, part.where, heads=part.heads, online=part.online)

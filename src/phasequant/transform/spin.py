@@ -45,7 +45,7 @@ ROWS = 512  # of logits at once
 
 def start(task: Task) -> Transform:
     """Where learning begins: QuaRot's rotations without the mixing of heads, one R2 for every kv head."""
-    base = fixed_rotations(task.map, task.seed, task.rotation.where, "spin")
+    base = fixed_rotations(task.map, task.seed, task.rotation.where, "spin", online=task.rotation.online)
     shape = task.map.shape
     one, own = base.block(0).value, None
     if one is not None:

@@ -15,8 +15,13 @@ def interpreted() -> bool:
 
 def runs_on(device: torch.device) -> tuple[bool, str]:
     """Whether Triton kernels run on `device`; if not, why."""
-    if importlib.util.find_spec("triton") is None:
+    return runs(device.type, importlib.util.find_spec("triton") is not None)
+
+
+def runs(kind: str, triton: bool) -> tuple[bool, str]:
+    """Whether they run on a kind of device, with or without Triton installed; if not, why."""
+    if not triton:
         return False, "Triton is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+    if kind == "cuda" or (kind == "cpu" and interpreted()):
         return True, "Triton's interpreter" if interpreted() else "Triton"
-    return False, f"runs on a GPU, not on {device.type}"
+    return False, f"runs on a GPU, not on {kind}"

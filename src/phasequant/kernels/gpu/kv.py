@@ -23,11 +23,11 @@ from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor
 
 from phasequant.errors import PhaseQuantError
-from phasequant.kernels.gpu import runs_on
+from phasequant.kernels.gpu import rules, runs_on
 from phasequant.kernels.gpu.entrance_grid import TO_INTEGER, nearest
+from phasequant.kernels.machine import Machine
 from phasequant.numerics import QuantSpec
 
-LARGEST_HEAD, MOST_GROUPS = 256, 4
 ROWS = 16  # tokens of a program that writes
 READ = 32  # and of one that reads
 TINY = tl.constexpr(2.0**-24)  # as in `nn.kv`
@@ -39,9 +39,7 @@ Packed = tuple[UInt8[Tensor, "B K S bytes"], Float16[Tensor, "B K S G"], UInt8[T
 
 def too_old(device: torch.device) -> str:
     """Why a GPU has no TF32 products; empty where it has them, and for the interpreter."""
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
-        return "needs an NVIDIA GPU of compute capability 8.0 or more"
-    return ""
+    return rules.too_old(Machine.of(device))
 
 
 def can_run(spec: QuantSpec, d_head: int, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
@@ -49,18 +47,7 @@ def can_run(spec: QuantSpec, d_head: int, dtype: torch.dtype, device: torch.devi
     ok, reason = runs_on(device)
     if not ok or too_old(device):
         return False, reason if not ok else too_old(device)
-    if not spec.is_int or spec.symmetric or spec.bits > 4 or spec.mixed or spec.clip == "mse":
-        return False, f"reads asymmetric integers, two to a byte, not {spec}"
-    if spec.granularity not in ("token", "group"):
-        return False, f"reads a grid a token or group, not one a {spec.granularity}"
-    groups = spec.groups(d_head)
-    if groups > 1 and d_head // groups % 2:
-        return False, f"a byte of two groups (group_size {spec.group_size})"
-    if d_head > LARGEST_HEAD or groups > MOST_GROUPS:
-        return False, f"reads heads of up to {LARGEST_HEAD} in up to {MOST_GROUPS} groups, not {d_head} in {groups}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return False, f"multiplies 16-bit queries, not {dtype}"
-    return True, "4-bit codes, two to a byte"
+    return rules.kv_fits(spec, d_head, dtype)
 
 
 def padded(size: int) -> int:

@@ -1,0 +1,40 @@
+"""The seal: 32 bytes in every checkpoint, under the name of a weight that it does not have.
+
+    <first linear of block 0>.weight = SHA-256 of the layout and the stored type        (32,), uint8
+
+It does two things. A loader that does not know PhaseQuant looks for that linear's weight, finds one of another shape
+and raises, where it would else leave all linears random and only warn. And a loader that does know compares it with
+the hash of config.json: grids, online maps and plan of another checkpoint of the same model, whose tensors have the
+same names and shapes, are found without a manifest. Being a tensor it survives sharding, `save_pretrained` and the Hub.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from phasequant.arch import ModelMap
+
+BYTES = 32
+SEALED_SINCE = 6  # the first format that has it
+
+
+def seal_name(model_map: ModelMap) -> str:
+    """The tensor's name."""
+    _, _, linear = next(iter(model_map.linears()))
+    return f"{linear}.weight"
+
+
+def layout_hash(layout: Mapping[str, Any], dtype: str) -> str:
+    """SHA-256 in hex of `ModelLayout.to_dict()` and the type of what is not quantized."""
+    text = json.dumps({"dtype": dtype, "layout": layout}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal_of(layout: Mapping[str, Any], dtype: str) -> UInt8[Tensor, "32"]:
+    """The tensor."""
+    return torch.frombuffer(bytearray.fromhex(layout_hash(layout, dtype)), dtype=torch.uint8)
