@@ -220,6 +220,8 @@ def test_fp4(kind, checkpoint, export):
     folder = checkpoint("llama-fp4", "quarot", "rotation.online=false", *preset)
     made = export(folder, f"ct-{kind}")
     agree(made)
+    assert made.groups == [f"weights {kind} per group of {16 if kind == 'nvfp4' else 32}, inputs {kind}: qkv; o; "
+                           "gate_up; down"]  # fmt: skip
     found = load_file(made.folder / "model.safetensors")
     at = "model.layers.1.self_attn."
     assert found[f"{at}q_proj.weight_packed"].dtype == torch.uint8

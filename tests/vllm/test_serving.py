@@ -21,7 +21,7 @@ FAMILIES = {
     "llama": LlamaConfig(**COMMON),
     "biased llama": LlamaConfig(**COMMON, attention_bias=True, tie_word_embeddings=True),
     "mistral": MistralConfig(**COMMON, sliding_window=None),
-    "qwen2": Qwen2Config(**{**COMMON, "head_dim": None}),
+    "qwen2": Qwen2Config(**{name: value for name, value in COMMON.items() if name != "head_dim"}),
     "qwen3": Qwen3Config(**COMMON),
 }
 PLAN = ["policy.name=budget", "policy.a8_share=0.3", "calibration.sequences=2", "calibration.seqlen=48"]
@@ -68,6 +68,8 @@ def served(path, **options):
         llm = LLM(model=str(path), disable_log_stats=True, **options)
         yield llm
     finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
@@ -107,6 +109,16 @@ def test_families_give_the_tokens_of_transformers(family, tokenizer, tmp_path):
         assert greedy(llm, PROMPTS, 16) == in_transformers(path, PROMPTS, 16)
 
 
+@pytest.mark.parametrize("sets", [[], ["weights.granularity=group", "weights.group_size=16"]], ids=["channel", "group"])
+def test_two_devices_compute_the_integers_of_one(sets, tokenizer, tmp_path):
+    config = LlamaConfig(**{**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128})
+    grids = ["activations.bits=8", "rotation.block=16", "activations.symmetric=" + ("false" if sets else "true")]
+    path = checkpoint(config, "quarot-online", [*PLAN[2:], *PREFIX, *grids, *sets], tokenizer, tmp_path)
+    want = in_transformers(path, PROMPTS, 12)
+    with served(path, tensor_parallel_size=2) as llm:
+        assert greedy(llm, PROMPTS, 12) == want
+
+
 def test_prefix_caching_and_chunks_change_nothing(tokenizer, tmp_path):
     path = checkpoint(FAMILIES["llama"], *RECIPES["quarot"], tokenizer, tmp_path)
     long = [list(range(40, 140)), list(range(40, 120))]
@@ -142,7 +154,8 @@ def test_what_would_be_another_model_is_refused(options, match, tokenizer, tmp_p
     path = checkpoint(FAMILIES["llama"], *RECIPES["quarot"], tokenizer, tmp_path)
     with pytest.raises(Exception) as raised, served(path, **options):
         pass
-    assert match in str(raised.value) + capfd.readouterr().err + capfd.readouterr().out
+    told = capfd.readouterr()
+    assert match in str(raised.value) + told.err + told.out
 
 
 def _without_manifest(path, change):

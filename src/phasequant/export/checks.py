@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap, Place
 from phasequant.errors import PhaseQuantError, did_you_mean
-from phasequant.export.profiles import Profile, finer, same_grid
+from phasequant.export.profiles import Profile, finer, same_grid, short
 from phasequant.nn import ModelLayout
 from phasequant.numerics import QuantSpec
 
@@ -167,7 +167,7 @@ def notes_of(layout: ModelLayout, model_map: ModelMap, profile: Profile) -> list
     for place, read in reads.items():
         own = layout.activations[place]
         if own is not None and finer(own, read):
-            change = f"{own.kind}{own.bits} → {'16 bits' if read is None else f'int{read.bits}'}"
+            change = f"{short(own)} → {short(read)}"
             wider.setdefault(change, []).append(place)
     found += [f"inputs in more bits, {change}: {told(places, model_map)}" for change, places in wider.items()]
     if layout.kv:

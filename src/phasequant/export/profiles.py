@@ -104,6 +104,13 @@ def find_profile(name: str) -> Profile:
     return PROFILES[name]
 
 
+def short(spec: QuantSpec | None) -> str:
+    """int4, nvfp4, 16 bits."""
+    if spec is None:
+        return "16 bits"
+    return f"int{spec.bits}" if spec.is_int else spec.kind
+
+
 def plain(spec: QuantSpec) -> QuantSpec:
     """A grid of weights without how it was found."""
     return replace(spec, clip=1.0)

@@ -33,7 +33,7 @@ from phasequant.export.checks import (
 from phasequant.export.config import by_pair, quantization_config
 from phasequant.export.folder import CARD, is_export, scales_told, state_dict, write_manifest, write_model
 from phasequant.export.measure import Peaks, as_profile, check_agreement, open_stock, peaks_of, ppl
-from phasequant.export.profiles import Profile, find_profile
+from phasequant.export.profiles import Profile, find_profile, short
 from phasequant.export.requantize import folded
 from phasequant.nn import Activations, ModelLayout
 from phasequant.preparing import calibration_tokens
@@ -111,9 +111,9 @@ def _requantized(source: Source, recipe: Recipe, model: str | None, device: str)
 def _groups(work: _Work) -> list[str]:
     """A line on each config group."""
     return [
-        f"weights {weights.kind}{weights.bits} per {weights.granularity}"
+        f"weights {short(weights)} per {weights.granularity}"
         + (f" of {weights.group_size}" if weights.group_size else "")
-        + f", inputs {'16 bits' if read is None else f'{read.kind}{read.bits}'}: {told(places, work.map)}"
+        + f", inputs {short(read)}: {told(places, work.map)}"
         for (weights, read), places in by_pair(work.layout, work.inputs, work.map).items()
     ]
 

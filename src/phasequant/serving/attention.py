@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -68,13 +69,19 @@ class Embedding(UnquantizedEmbeddingMethod):
         super().__init__()
         self.tokens = torch.tensor(list(tokens))
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Token ids (T,) → (T, D)."""
         where = positions(len(input_), input_.device)
         if where is not None:
             tokens = self.tokens.to(input_.device)
             meant = tokens[where.clamp(0, len(tokens) - 1)]
-            if bool(((where < len(tokens)) & (input_ != meant)).any()):
+            asked = where < len(tokens)
+            if layer.tp_size > 1:  # ids come less the first of this device's rows
+                held = layer.shard_indices
+                first, end = held.org_vocab_start_index, held.org_vocab_end_index
+                asked &= (meant >= first) & (meant < end)
+                meant = meant - first
+            if bool((asked & (input_ != meant)).any()):
                 raise PhaseQuantError(
                     f"a prompt does not begin with this checkpoint's prefix {tokens.tolist()}: the process that takes "
                     "the prompts runs without PhaseQuant's plugin; install phasequant there, and see that VLLM_PLUGINS "
@@ -114,12 +121,13 @@ class RoundedKV(BaseKVCacheMethod):
                     f"vLLM drops what lies before a sliding window of {layer.sliding_window} tokens, and this "
                     "checkpoint's prefix is there to be seen by all: set max_model_len to the window or less"
                 )
-            size = (shape.kv_heads, len(self.layout.prefix.tokens), shape.d_head)
+            size = (layer.num_kv_heads, len(self.layout.prefix.tokens), shape.d_head)
             dtype = getattr(torch, self.layout.prefix.dtype)
             empty = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
             self.prefix = PrefixStates(*empty)
             targets.update({f"kv_prefix.{name}": t for name, t in tensors_of(self.prefix).items()})
-        self.slots = Slots(layer, layer.layer_name, {None: targets})
+        parallel = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self.slots = Slots(layer, layer.layer_name, {None: targets}, *parallel)
         if own:
             logger.warning_once(
                 "phasequant: kv_cache_dtype=%s is vLLM's own 4-bit grid: keys and values are not those of the "

@@ -73,7 +73,7 @@ class PhaseQuantConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Where the model's folder and config become known: check the files, lay out."""
         folder = Path(model_name)
-        if folder.is_dir():
+        if (folder / manifest.NAME).is_file():
             manifest.check(folder)
         if hf_config is not None:
             self._lay_out(hf_config)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from phasequant.errors import PhaseQuantError
 
 Shard = str | int | None
+DENSE = "weight_dense"  # may come in another floating-point type than it is computed in; codes and scales may not
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -23,9 +24,17 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 class Slots:
     """The slots of one layer: shard → name → the tensor to fill."""
 
-    def __init__(self, layer: nn.Module, name: str, targets: Mapping[Shard, Mapping[str, Tensor]]) -> None:
-        """Add the slots to `layer`, called `name` in messages."""
+    def __init__(
+        self,
+        layer: nn.Module,
+        name: str,
+        targets: Mapping[Shard, Mapping[str, Tensor]],
+        rank: int = 0,
+        devices: int = 1,
+    ) -> None:
+        """Add the slots to `layer`, called `name` in messages; of several devices each takes its share of a tensor."""
         self.layer, self.name, self.targets = layer, name, targets
+        self.rank, self.devices = rank, devices
         self.missing = {(shard, key) for shard, tensors in targets.items() for key in tensors}
         self.keys: list[str] = sorted({key for tensors in targets.values() for key in tensors})
         for key in self.keys:
@@ -52,7 +61,8 @@ class Slots:
         target = self.targets.get(shard, {}).get(key)
         if target is None:
             raise PhaseQuantError(f"'{self.name}.{key}' (shard {shard}) is not in this checkpoint's layout")
-        if target.shape != given.shape or (target.dtype != given.dtype and not _same_kind(target, given)):
+        given = share(given, target.shape, self.rank, self.devices)
+        if target.shape != given.shape or (target.dtype != given.dtype and key != DENSE):
             raise PhaseQuantError(
                 f"'{self.name}.{key}' (shard {shard}) is {given.dtype} {tuple(given.shape)}, and its config says "
                 f"{target.dtype} {tuple(target.shape)}: config and weights are not of one checkpoint; get it again"
@@ -75,9 +85,15 @@ class Slots:
                 delattr(self.layer, top)
 
 
-def _same_kind(one: Tensor, other: Tensor) -> bool:
-    """Dense tensors may be loaded in another floating-point type; codes and scales may not change theirs."""
-    return one.dtype.is_floating_point and other.dtype.is_floating_point and isinstance(one, nn.Parameter)
+def share(given: Tensor, shape: torch.Size, rank: int, devices: int) -> Tensor:
+    """The part of a tensor that a device of the shape wants: along the one axis that is as many times too long."""
+    if given.dim() != len(shape):
+        return given
+    longer = [at for at, size in enumerate(shape) if given.shape[at] != size]
+    if len(longer) != 1 or given.shape[longer[0]] != shape[longer[0]] * devices:
+        return given
+    size = shape[longer[0]]
+    return given.narrow(longer[0], rank * size, size)
 
 
 def sealed(layer: nn.Module, key: str, meant: Callable[[], Tensor]) -> None:

@@ -4,7 +4,10 @@
     KV grid      keys and values are rounded to the checkpoint's own grid, then kept in vLLM's 16-bit cache: the
                  promised numbers, but 16-bit bytes
     prefix       its token ids stand before every prompt; the stored keys and values take the place of theirs
-    refused      mixtures of experts, parts of a model on several devices (tensor and pipeline parallel)
+    tensor       the integers of one device, where the maps before o and down are blocks that divide among the devices
+    parallel     (`shards`): Hadamards of rotation.block, or none (rotation.online=false); one of the whole width, or
+                 over all heads, does not divide
+    refused      mixtures of experts; a prefix on several pipeline stages
 
 A prefix needs the positions of the tokens in every attention, which vLLM tells outside of compiled graphs only: such
 checkpoints run with `enforce_eager`.
@@ -12,6 +15,9 @@ checkpoints run with `enforce_eager`.
 
 from phasequant.arch import ModelMap
 from phasequant.nn import ModelLayout
+
+CUT = ("o", "down")
+"""Groups whose inputs are divided among devices."""
 
 
 def refusals(
@@ -25,15 +31,51 @@ def refusals(
             "the plugin takes dense models only"
         )
     if tensor_parallel > 1:
-        found.append(
-            f"tensor_parallel_size={tensor_parallel}: the scale of a token is taken over the whole input of a linear, "
-            "and a shard sees a part of it; use tensor_parallel_size=1 (data parallel replicas work)"
-        )
+        why = _indivisible(layout, model_map, tensor_parallel)
+        if why:
+            found.append(
+                f"tensor_parallel_size={tensor_parallel}: {'; '.join(why)}. Use tensor_parallel_size=1 (data parallel "
+                "replicas work), or quantize with maps that divide: rotation.online=false, or rotation.where=online with "
+                "rotation.block (quarot)"
+            )
     if pipeline_parallel > 1 and layout.prefix is not None:
         found.append(
             f"pipeline_parallel_size={pipeline_parallel}: a prefix is checked where tokens are embedded, which only "
             "the first stage does; use pipeline_parallel_size=1"
         )
+    return found
+
+
+def _indivisible(layout: ModelLayout, model_map: ModelMap, devices: int) -> list[str]:
+    """What of a layout does not divide among devices."""
+    shape, found = model_map.shape, []
+    if shape.heads % devices or shape.kv_heads % devices:
+        found.append(f"{shape.heads} heads and {shape.kv_heads} kv heads do not divide")
+    for group in CUT:
+        width = model_map.width_in(group)
+        if width % (2 * devices):
+            found.append(f"the {width} inputs of {group} do not divide")
+            continue
+        online = layout.online.get(group)
+        if online is not None and online["blocks"] % devices:
+            found.append(
+                f"the map before {group} is {online['blocks']} block{'s' * (online['blocks'] > 1)} over {width} inputs"
+            )
+        for block in model_map.blocks:
+            weight, given = layout.weights_at(block, group), layout.activations[block, group]
+            if weight is not None and weight.group_size and (width // devices) % weight.group_size:
+                found.append(
+                    f"groups of {weight.group_size} weights do not divide {width // devices} inputs of {group}"
+                )
+            elif any(spec is not None and not spec.is_int for spec in (weight, given)):
+                found.append(f"floating-point grids of {group} are not computed in parts")
+            elif given is not None and given.granularity == "column":
+                found.append(f"the static grids of {group} have a scale a channel")
+            elif given is not None and given.rows_by == "gsr":
+                found.append(f"which tokens of {group} read 8 bits is decided by their standard deviation")
+            else:
+                continue
+            break
     return found
 
 
