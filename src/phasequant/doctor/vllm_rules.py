@@ -4,7 +4,7 @@
     2  kernel       the first of a list that can: by weights, widths and GPU, never by the bits of the activations
     3  lanes        where that is Humming: the type to which it rounds activations, by its own list of fallbacks
 
-For where no vLLM can be asked (`ask`). `tests/vllm/test_doctor_rules.py` holds them to an installed vLLM; they were
+For where no vLLM can be asked (`ask`). `tests/in_vllm/test_doctor_rules.py` holds them to an installed vLLM; they were
 last compared with `CHECKED`. FlashInfer and Humming count as installed, which vLLM's CUDA wheel requires.
 """
 

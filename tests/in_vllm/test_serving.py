@@ -2,7 +2,15 @@
 
 import gc
 import json
+import os
 from contextlib import contextmanager
+
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    HF_HUB_OFFLINE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # what the engine raises reaches the test
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+)
 
 import pytest
 import torch

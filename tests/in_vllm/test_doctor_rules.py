@@ -10,8 +10,6 @@ from itertools import product
 
 import pytest
 
-pytest.importorskip("vllm.version")  # this folder, too, is called vllm
-
 from phasequant.doctor import ask, vllm_rules
 from phasequant.doctor.question import Question, real
 
