@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import manifest
+from phasequant.checkpoint.guard import check_architecture
 from phasequant.checkpoint.hf import METHOD
 from phasequant.checkpoint.hf import PhaseQuantConfig as Stored
 from phasequant.checkpoint.seal import seal_of
@@ -75,6 +76,7 @@ class PhaseQuantConfig(QuantizationConfig):
         folder = Path(model_name)
         if (folder / manifest.NAME).is_file():
             manifest.check(folder)
+        check_architecture(folder, self.stored.architecture)
         if hf_config is not None:
             self._lay_out(hf_config)
 
@@ -132,7 +134,10 @@ class PhaseQuantConfig(QuantizationConfig):
             )
         (place,) = places
         assert place is not None
-        return CodesLinear(layout, *place, seal=lambda: seal_of(self.stored.layout, self.stored.dtype))
+        return CodesLinear(layout, *place, seal=self._seal)
+
+    def _seal(self) -> torch.Tensor:
+        return seal_of(self.stored.layout, self.stored.dtype, self.stored.architecture)
 
     @staticmethod
     def get_cache_scale_mapper() -> WeightsMapper:

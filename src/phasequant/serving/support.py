@@ -35,7 +35,7 @@ def refusals(
         if why:
             found.append(
                 f"tensor_parallel_size={tensor_parallel}: {'; '.join(why)}. Use tensor_parallel_size=1 (data parallel "
-                "replicas work), or quantize with maps that divide: rotation.online=false, or a rotation.block (quarot, "
+                "replicas work), or quantize with maps that divide: rotation.online=false, or rotation.block (quarot, "
                 "rotation.where=online)"
             )
     if pipeline_parallel > 1 and layout.prefix is not None:
