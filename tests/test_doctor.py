@@ -179,7 +179,8 @@ def test_vllm_with_our_plugin(made):
 
     plain = ask_for()
     assert plain["as_promised"] and any("no bytes are saved" in note for note in plain["notes"])
-    assert not ask_for(tensor_parallel=2)["as_promised"]
+    assert ask_for(tensor_parallel=2)["as_promised"]
+    assert "do not divide" in ask_for(tensor_parallel=3)["problems"][0]["what"]
     own = ask_for(kv_cache_dtype="int4_per_token_head")
     assert [p["where"] for p in own["problems"]] == ["KV"] and "vLLM's int4" in own["kv"][0]["real"]
     assert "refuses" in ask_for("cpu", kv_cache_dtype="fp8")["problems"][0]["what"]

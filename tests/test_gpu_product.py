@@ -133,7 +133,7 @@ def test_humming_is_the_reference(weight_spec, input_spec, rest, dtype):
             unit = want.abs().clamp(min=want.abs().mean()) * (2**-7 if dtype == torch.bfloat16 else 2**-10)
             off = (found - want).abs() / unit  # parts of a long sum are added in 16 bits: units of their size
             if not rest:
-                assert off.max() <= 3, (width, rows, off.max())
+                assert off.max() <= 4, (width, rows, off.max())
             assert (found - want).abs().max() <= 0.02 * want.abs().max()
 
 

@@ -5,7 +5,7 @@ On Hopper, which has no 4-bit matrix unit, 4-bit codes travel in int8 lanes: the
 bytes of the weights and in int8 arithmetic. humming holds scales of weights in 16 bits; ours are numbers of bfloat16
 (`numerics.weight_scale`), so nothing is lost, and checkpoints whose scales are not are refused. Sums are int32; the
 product with s_x is rounded to 16 bits, then the product with s_w. Where warps or blocks share a long sum (few rows),
-humming adds their parts in 16 bits: outputs are within three 16-bit units of the larger of themselves and the mean
+humming adds their parts in 16 bits: outputs are within four 16-bit units of the larger of themselves and the mean
 magnitude (measured on an H100, 1 to 4097 rows), not of themselves alone; `triton-int8` adds integers throughout.
 
 The weights are laid out anew (`prepare`), the same bytes as they were. Group scales are refused: humming rounds them to
