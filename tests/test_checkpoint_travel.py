@@ -356,9 +356,9 @@ def test_newer_formats_name_the_version_that_wrote_them(folder):
     _edit(folder / "config.json", newer)
     _edit(folder / "manifest.json", lambda m: m["versions"].update(phasequant="9.8.7"))
     _sign(folder)
-    with pytest.raises(PhaseQuantError, match=r"format 7.*install phasequant 9\.8\.7"):
+    with pytest.raises(PhaseQuantError, match=r"format 8.*install phasequant 9\.8\.7"):
         phasequant.load(folder)
-    with pytest.raises(PhaseQuantError, match=r"format 7, and this phasequant reads formats 2 to 6"):
+    with pytest.raises(PhaseQuantError, match=r"format 8, and this phasequant reads formats 2 to 7"):
         AutoModelForCausalLM.from_pretrained(folder)
     _edit(folder / "manifest.json", lambda m: m.update(format=2))
     with pytest.raises(PhaseQuantError, match=r"manifest\.json has format 2.*9\.8\.7"):
@@ -384,10 +384,10 @@ def test_the_seal_is_the_hash_of_the_layout(made):
     run, path = made
     block = json.loads((path / "config.json").read_text())["quantization_config"]
     seal = load_file(path / "model.safetensors")[seal_name(run.map)]
-    assert bytes(seal.tolist()).hex() == layout_hash(block["layout"], block["dtype"])
+    assert bytes(seal.tolist()).hex() == layout_hash(block["layout"], block["dtype"], block["architecture"])
     clips = block["layout"]["activations"]["clips"]
     clips[min(clips)] -= 1e-9
-    assert bytes(seal.tolist()).hex() != layout_hash(block["layout"], block["dtype"])
+    assert bytes(seal.tolist()).hex() != layout_hash(block["layout"], block["dtype"], block["architecture"])
 
 
 # --- the card and the Hub -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Capped attention is Transformers' eager attention: in 16 bits, with the KV grid off, and on it."""
+"""Attention with caps or sinks is Transformers' eager attention: in 16 bits, with the KV grid off, and on it."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 from conftest import CONFIGS, make_model, where
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 import phasequant
 from phasequant import pipeline
@@ -41,6 +42,43 @@ def test_capped_attention_is_the_eager_one(masked, dtype):
     torch.testing.assert_close(found, wanted)
     uncapped, _ = attend(Module(), q, k, v, given, **{**options, "softcap": None})
     assert (uncapped - wanted).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("masked", ["none", "bool", "one query"])
+def test_attention_with_sinks_is_the_eager_one(masked):
+    g = torch.Generator().manual_seed(0)
+    queries = 1 if masked == "one query" else 7
+    q, module = 4 * torch.randn(2, 4, queries, 8, generator=g), Module().eval()
+    k, v = (torch.randn(2, 2, 7, 8, generator=g) for _ in range(2))
+    module.sinks = torch.randn(4, generator=g)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril()
+    if masked == "bool":
+        seen = seen.triu(-2)
+    additive = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+    wanted, _ = modeling_gpt_oss.eager_attention_forward(
+        module, q, k, v, None if queries == 1 else additive, scaling=0.3
+    )
+    given = seen[None, None] if masked == "bool" else None
+    found, _ = attend(module, q, k, v, given, scaling=0.3, s_aux=module.sinks)
+    torch.testing.assert_close(found, wanted)
+    without, _ = attend(module, q, k, v, given, scaling=0.3)
+    assert (without - wanted).abs().max() > 0.05
+
+
+def test_gpt_oss_reads_its_cache_as_the_eager_model_does(tiny, ids):
+    """With only the KV cache quantized, to 8 bits: close to the eager model, and far from one without sinks."""
+    source = tiny("gpt_oss")
+    with torch.no_grad():
+        wanted = source.model(input_ids=ids, use_cache=False).logits
+        sets = ["calibration.sequences=2", "calibration.seqlen=32", "weights.bits=16", "activations.bits=16",
+                "kv.bits=8"]  # fmt: skip
+        model = pipeline.run(source, Recipe.load("rtn", sets)).model
+        assert model.config._attn_implementation == ATTENTION
+        found = model(input_ids=ids, use_cache=False).logits
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(-1e9)
+        without = model(input_ids=ids, use_cache=False).logits
+    assert (found - wanted).norm() < 0.03 * wanted.norm() < 0.3 * (without - wanted).norm()
 
 
 def eager_logits(model, ids):

@@ -471,14 +471,18 @@ def test_a_block_that_learning_made_worse_keeps_its_start(tiny, ids, capsys):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_os_plus_keeps_logits_and_divides_outlying_channels(name, tiny, ids):
-    """A gain of 60 in one channel of the first norm: it is divided, the logits stay."""
+    """A gain of 60 in one channel of the first norm (without one: rows of up): it is divided, the logits stay."""
     source = tiny(name, torch.float64)
     norm = source.map.group("qkv").norm
     block = source.model.get_submodule(source.map.block_name(0))
-    block.get_submodule(norm).weight[3] = 60.0
+    group = "down" if norm is None else "qkv"
+    if norm is None:
+        block.get_submodule(source.map.family.ups[0]).weight[3] *= 60.0
+    else:
+        block.get_submodule(norm).weight[3] = 60.0
     before = logits(source.model, ids)
     found = transform.METHODS["os-plus"].learn(task(source.model, source.map, ids, quick("os-plus"), a=STATIC))
-    scales = found.block(0).scales["qkv"]
+    scales = found.block(0).scales[group]
     assert scales[3] < 0.5 and scales.max() <= 1 and int(scales.argmin()) == 3
     transform.apply(source.model, source.map, found)
     assert relative(logits(source.model, ids), before) < TOLERANCE

@@ -9,6 +9,7 @@ print(phasequant.evaluate("smollm2-w4a4kv4", text="wiki.txt", chunks=4)["ppl"])
 """
 
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -29,14 +30,21 @@ from phasequant.checkpoint import check_target, manifest, new_folder, read_plan,
 from phasequant.console import note, warn
 from phasequant.errors import PhaseQuantError
 from phasequant.evaluate import Score, score, weight_bytes
-from phasequant.nn import kv_bytes_per_token, prefix_tokens, quant_linears
+from phasequant.evaluate import tasks as zero_shot
+from phasequant.evaluate.answers import name_of
+from phasequant.evaluate.statistics import compare_nll, perplexity_interval
+from phasequant.nn import kv_bytes_per_token, prefix_length, prefix_tokens, quant_linears
 from phasequant.numerics import QuantSpec
 from phasequant.observe import Observations
 from phasequant.plan import POLICIES, PrecisionPlan, Seen, make_plan, thresholds
 from phasequant.plan.prices import NOISE
+from phasequant.predict import Prediction
+from phasequant.predict import predict as predict_run
 from phasequant.recipe import Recipe
 from phasequant.report import is_report, write_page
-from phasequant.source import Source, open_model, wrap
+from phasequant.source import Source, open_model, open_streamed, wrap
+from phasequant.streaming import Work, should_stream
+from phasequant.streaming.opening import NotStreamable
 from phasequant.transform import Transform
 
 
@@ -86,18 +94,66 @@ def quantize(
     plan: PrecisionPlan | str | Path | None = None,
     output: str | Path | None = None,
     device: str = "auto",
+    stream: bool | None = None,
 ) -> pipeline.Quantized:
     """Quantize MODEL by a recipe; save it where `output` is given. A `Source` or Transformers model is changed in
-    place."""
+    place. With an `output` finished blocks are kept beside it, and a run that was stopped goes on from them.
+
+    `stream`: read and write MODEL block by block, never all of it in memory; None: where it would not fit. It needs an
+    `output`, and the model that comes back has no weights: `load(output)` has."""
     wanted = as_recipe(recipe, overrides)
     if output is not None:
         check_target(Path(output), manifest.is_ours)
-    source = as_source(model, device, tokenizer, stream=True)
-    result = pipeline.run(source, wanted, as_plan(plan, source.map))
-    if output is not None:
-        result.save(output)
-    result.model.to(source.compute)
+    if output is None:
+        if stream:
+            raise PhaseQuantError("a streamed model is written block by block: give an output")
+        source = as_source(model, device, tokenizer, stream=True)
+        result = pipeline.run(source, wanted, as_plan(plan, source.map))
+    else:
+        with Work.beside(Path(output)) as work:
+            work.tell()
+            source = _to_quantize(model, wanted, device, tokenizer, stream)
+            result = pipeline.run(source, wanted, as_plan(plan, source.map), work.folder)
+            result.save(output)
+    if source.streamed is None:
+        result.model.to(source.compute)
     return result
+
+
+def predict(
+    model: str | Path,
+    recipe: Recipe | str | Path = "quarot",
+    *,
+    overrides: Iterable[str] = (),
+    output: str | Path,
+    device: str = "auto",
+    stream: bool | None = None,
+) -> Prediction:
+    """What `quantize` with these arguments will take in memory, seconds and bytes of output: see `predict`."""
+    wanted = as_recipe(recipe, overrides)
+    target = check_target(Path(output), manifest.is_ours)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return predict_run(lambda: _to_quantize(model, wanted, device, None, stream), wanted, target)
+
+
+def _to_quantize(
+    model: Model, recipe: Recipe, device: str, tokenizer: PreTrainedTokenizerBase | None, stream: bool | None
+) -> Source:
+    """MODEL, in memory or to be streamed."""
+    if not isinstance(model, (str, Path)):
+        if stream:
+            raise PhaseQuantError("a model in memory cannot be streamed: give its directory")
+        return as_source(model, device, tokenizer, stream=True)
+    folder = should_stream(str(model), recipe, stream)
+    if folder is None:
+        return as_source(model, device, tokenizer, stream=True)
+    try:
+        return open_streamed(folder, device)
+    except NotStreamable as error:
+        if stream:
+            raise PhaseQuantError(f"'{model}' cannot be streamed: {error}; leave --stream away") from error
+        note(f"'{model}' cannot be streamed: {error}")
+        return as_source(model, device, tokenizer, stream=True)
 
 
 @dataclass
@@ -208,13 +264,13 @@ def kernels_used(model: PreTrainedModel) -> dict[str, int]:
     return dict(Counter(module.kernel(like.device, like.dtype).name for _, module in quant_linears(model)))
 
 
-def figures(model: PreTrainedModel, model_map: ModelMap, found: Score, a8_share: float) -> dict[str, Any]:
-    """One candidate's row: accuracy and size."""
+def figures(model: PreTrainedModel, model_map: ModelMap, found: Score | None, a8_share: float) -> dict[str, Any]:
+    """One candidate's row: accuracy (None where no text was read) and size."""
     return {
-        "ppl": found.ppl,
-        "kl": found.kl,
+        "ppl": found and found.ppl,
+        "kl": found and found.kl,
         "a8_share": a8_share,
-        "row_share": found.rows,
+        "row_share": found and found.rows,
         "weight_bytes": weight_bytes(model),
         "kv_bytes_per_token": kv_bytes_per_token(model, model_map),
     }
@@ -246,20 +302,28 @@ def evaluate(
     model: Model | pipeline.Quantized,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    text: str | Path = texts.BUILTIN,
+    text: str | Path | None = None,
     chunks: int | None = None,
     seqlen: int = 2048,
     recipe: Recipe | str | Path | None = None,
     overrides: Iterable[str] = (),
     plan: PrecisionPlan | str | Path | None = None,
     original: Model | None = None,
+    tasks: Iterable[str] = (),
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch: int = zero_shot.BATCH,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Perplexity and KL to the 16-bit original on `text`, with sizes.
+    """Perplexity and KL to the 16-bit original on `text`, sizes, accuracy on zero-shot tasks; with 95 % intervals.
 
     - MODEL a PhaseQuant checkpoint or what `quantize` returned: it is measured; its original is the one it was made
       from, or `original`.
     - MODEL anything else: the 16-bit model; with `recipe`, `overrides` or `plan` a copy is quantized in memory first.
+
+    `text` None: the built-in one, or none where there are `tasks`: names of lm-evaluation-harness, whose questions come
+    from the Hub, or from NAME.jsonl in `tasks_dir` (see `evaluate.questions`); the first `limit` of each, `batch`
+    requests at a time. Answers are kept, and a run that was stopped goes on from them.
 
     KL is in nats a token; bytes count dense numbers at 16 bits.
     """
@@ -268,7 +332,10 @@ def evaluate(
     quantizes = recipe is not None or bool(overrides) or plan is not None
     base = recipe if recipe is not None else ("quarot" if plan is not None else "16bit")
     wanted = as_recipe(base, overrides) if quantizes else None
-    corpus = texts.find(str(text), "evaluation")
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    if names:
+        zero_shot.check(names, tasks_dir, limit)
+    corpus = None if text is None and names else texts.find(str(text or texts.BUILTIN), "evaluation")
     made = model if isinstance(model, pipeline.Quantized) else None
     if made is not None:
         source = Source("in memory", made.model, made.tokenizer, made.map, quantized=True)
@@ -278,7 +345,7 @@ def evaluate(
         raise PhaseQuantError(f"'{source.name}' is quantized already: evaluate it as it is, or name its original")
     if original is not None and not source.quantized:
         raise PhaseQuantError(f"--original goes with a quantized MODEL, and '{source.name}' is not quantized")
-    tokens = _chunks(corpus, source, seqlen, chunks)
+    tokens = None if corpus is None else _chunks(corpus, source, seqlen, chunks)
 
     candidate: PreTrainedModel | None = None
     a8_share = 0.0
@@ -294,29 +361,71 @@ def evaluate(
     elif wanted is not None:
         run = pipeline.run(replace(source, model=copy.deepcopy(source.model)), wanted, as_plan(plan, source.map))
         a8_share, candidate = run.plan.a8_share, run.model
-    scores, teacher_score = score({"model": candidate} if candidate else {}, tokens, teacher.model if teacher else None)
-    if candidate is None:
-        assert teacher_score is not None
-        row = figures(source.model, source.map, replace(teacher_score, kl=0.0), 0.0)
-    else:
-        row = figures(candidate, source.map, scores["model"], a8_share)
+    scores: dict[str, Score] = {}
+    full: Score | None = None
+    if tokens is not None:
+        scores, full = score({"model": candidate} if candidate else {}, tokens, teacher.model if teacher else None)
+    ours = scores.get("model") if candidate else full and replace(full, kl=0.0)
+    row = figures(candidate or source.model, source.map, ours, a8_share)
+    asked = _asked(names, candidate, source, teacher, folder=tasks_dir, limit=limit, batch=batch)
     measured = {
         "model": source.name,
         **row,
-        "ppl_16bit": teacher_score.ppl if teacher_score else None,
+        **_intervals(ours, full),
+        "ppl_16bit": full.ppl if full else None,
         "weight_bytes_16bit": weight_bytes(teacher.model) if teacher else None,
         "kv_bytes_per_token_16bit": kv_bytes_per_token(teacher.model, teacher.map) if teacher else None,
-        "chunks": len(tokens),
+        "chunks": 0 if tokens is None else len(tokens),
         "seqlen": seqlen,
-        "text": corpus.source,
-        "text_sha256": corpus.sha256,
+        "text": corpus and corpus.source,
+        "text_sha256": corpus and corpus.sha256,
+        **asked,
         "kernels": kernels_used(candidate) if candidate else {},
         "seconds": round(time.monotonic() - start, 1),
     }
-    if made is not None:  # its manifest and model card tell it
+    if made is not None and corpus is not None:  # its manifest and model card tell it
         told = ("ppl", "ppl_16bit", "kl", "text", "text_sha256", "chunks", "seqlen")
         made.origin["evaluation"] = {key: measured[key] for key in told}
     return measured
+
+
+def _intervals(ours: Score | None, full: Score | None) -> dict[str, Any]:
+    """95 % intervals of perplexities, and of the difference of nll to the original's, paired by chunk."""
+    told: dict[str, Any] = {"interval": None, "interval_16bit": None, "difference": None}
+    if ours is not None and math.isfinite(ours.ppl):
+        told["interval"] = perplexity_interval(ours.nll_by_chunk).to_dict()
+    if full is not None and math.isfinite(full.ppl):
+        told["interval_16bit"] = perplexity_interval(full.nll_by_chunk).to_dict()
+    if told["interval"] and told["interval_16bit"] and ours is not None and full is not None:
+        told["difference"] = compare_nll(ours.nll_by_chunk, full.nll_by_chunk)
+    return {**told, "nll": ours and list(ours.nll_by_chunk), "nll_16bit": full and list(full.nll_by_chunk)}
+
+
+def _asked(
+    names: list[str],
+    candidate: PreTrainedModel | None,
+    source: Source,
+    teacher: Source | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Accuracies of the model, and of its original on the same questions."""
+    if not names:
+        return {"tasks": {}, "average": None, "average_16bit": None}
+
+    def run(model: PreTrainedModel, of: Source, title: str) -> dict[str, zero_shot.TaskScore]:
+        return zero_shot.run(
+            model, of.tokenizer, names, name_of(model, versions()), prefix=prefix_tokens(model),
+            prefix_length=prefix_length(model, of.map), title=title, **options,
+        )  # fmt: skip
+
+    full = None if teacher is None else run(teacher.model, teacher, "tasks, 16-bit")
+    ours = full if candidate is None else run(candidate, source, "tasks")
+    assert ours is not None
+    return {
+        "tasks": zero_shot.beside(ours, full),
+        "average": zero_shot.average(ours),
+        "average_16bit": zero_shot.average(full) if full is not None else None,
+    }
 
 
 def _chunks(corpus: texts.Corpus, source: Source, seqlen: int, most: int | None) -> Int[Tensor, "chunks T"]:

@@ -19,6 +19,7 @@ from phasequant.cli_push import push
 from phasequant.cli_serve import serve
 from phasequant.console import note, out, set_quiet, stderr
 from phasequant.errors import PhaseQuantError, did_you_mean
+from phasequant.tables import between, compared_tasks, comparison_table, tasks_table
 
 app = typer.Typer(
     add_completion=False,
@@ -45,6 +46,10 @@ Allow = Annotated[
 Calib = Annotated[str | None, typer.Option("--calib", help="text to calibrate on: short for --set calibration.text=…")]
 Seed = Annotated[int | None, typer.Option("--seed", help="short for --set seed=…")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan to follow, as written by analyze or quantize")]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="zero-shot tasks, with commas between: arc_easy,piqa, …")]
+TasksDir = Annotated[Path | None, typer.Option("--tasks-dir", help="folder with NAME.jsonl of each task; else the Hub")]
+Limit = Annotated[int | None, typer.Option("--limit", help="the first so many questions of each task")]
+Batch = Annotated[int, typer.Option("--batch", help="requests of tasks at a time")]
 Text = Annotated[str, typer.Option("--text", help="text to evaluate on: builtin, a UTF-8 file, wikitext2, c4")]
 Chunks = Annotated[int | None, typer.Option("--chunks", help="evaluate on the first so many chunks; default: all")]
 Seqlen = Annotated[int, typer.Option("--seqlen", help="tokens in a chunk")]
@@ -180,6 +185,9 @@ def analyze(
     set_quiet(quiet)
     overrides = _overrides(sets, policy, a8_share, calib, seed)
     found = phasequant.analyze(model, recipe or "quarot", overrides=overrides, output=output, device=device)
+    model_told = found.report["model"]
+    for line in model_told["notes"]:
+        out.print(f"{model_told['family']}: {line}", markup=False, soft_wrap=True)
     for phase in found.observations[0].phases[:8]:
         count = sum(n for _, n in phase.tokens)
         words = ", ".join(repr(t) for t, _ in phase.tokens[:4])
@@ -222,6 +230,13 @@ def quantize(
     keep: Annotated[
         Path | None, typer.Option("--save-transform", help="keep the transform too, for transform.method=load")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="read and write MODEL block by block; default: where it must"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="try the first blocks; tell peak memory, time and size of the output")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -233,8 +248,17 @@ def quantize(
 
     set_quiet(quiet)
     overrides = _overrides(sets, policy, a8_share, calib, seed, plan, allow)
+    if dry_run:
+        if plan is not None or keep is not None:
+            raise PhaseQuantError("--dry-run tries the first blocks only: leave --plan and --save-transform away")
+        from phasequant.api import predict
+
+        found = predict(model, recipe or "quarot", overrides=overrides, output=output, device=device, stream=stream)
+        out.print(str(found), soft_wrap=True, markup=False)
+        _emit(found.to_dict(), as_json)
+        return
     result = phasequant.quantize(
-        model, recipe or "quarot", overrides=overrides, plan=plan, output=output, device=device
+        model, recipe or "quarot", overrides=overrides, plan=plan, output=output, device=device, stream=stream
     )
     if keep is not None:
         result.save_transform(keep)
@@ -270,7 +294,10 @@ def _more_bits(plan: Any) -> str:
 @app.command("eval")
 def evaluate(
     model: Model,
-    text: Text = "builtin",
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="builtin, a UTF-8 file, wikitext2, c4; default: builtin, or none with --tasks"),
+    ] = None,
     chunks: Chunks = None,
     seqlen: Seqlen = 2048,
     recipe: RecipeName = None,
@@ -281,12 +308,16 @@ def evaluate(
     seed: Seed = None,
     plan: PlanFile = None,
     original: Annotated[str | None, typer.Option("--original", help="the 16-bit model of a checkpoint")] = None,
+    tasks: Tasks = None,
+    tasks_dir: TasksDir = None,
+    limit: Limit = None,
+    batch: Batch = 16,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of MODEL, and its KL to the 16-bit original. With a recipe, policy, --set or --plan, MODEL is
-    quantized in memory first."""
+    """Perplexity of MODEL, its KL to the 16-bit original, and accuracy on zero-shot tasks. With a recipe, policy, --set
+    or --plan, MODEL is quantized in memory first."""
     import phasequant
 
     set_quiet(quiet)
@@ -302,6 +333,10 @@ def evaluate(
         overrides=overrides,
         plan=plan,
         original=original,
+        tasks=_tasks(tasks, tasks_dir, limit),
+        tasks_dir=tasks_dir,
+        limit=limit,
+        batch=batch,
         device=device,
     )
     rows = [{"name": model if len(model) < 40 else Path(model).name, **result}]
@@ -317,10 +352,38 @@ def evaluate(
                 "kv_bytes_per_token": result["kv_bytes_per_token_16bit"],
             },
         )
-    out.print(table(rows, result))
+    if result["text"] is not None:
+        out.print(table(rows, result))
+        for line in _intervals(result):
+            out.print(line, markup=False, soft_wrap=True)
+    if result["tasks"]:
+        out.print(tasks_table(result["tasks"], result))
     if result["kernels"]:
         note("kernels: " + ", ".join(f"{name} ({count} linears)" for name, count in result["kernels"].items()))
     _emit(result, as_json)
+
+
+def _tasks(tasks: str | None, folder: Path | None, limit: int | None) -> list[str]:
+    """--tasks as a list; what speaks of tasks needs some."""
+    if tasks is None and (folder is not None or limit is not None):
+        raise PhaseQuantError("--tasks-dir and --limit speak of tasks: name some, as in --tasks arc_easy,piqa")
+    return _listed(tasks or "")
+
+
+def _intervals(result: dict[str, Any]) -> list[str]:
+    """95 % intervals of the perplexities and of their difference."""
+    lines = []
+    if result["kernels"] and result["interval_16bit"] and result["interval_16bit"]["low"] is not None:
+        lines.append(f"16-bit ppl, 95 % interval over chunks: {between(result['interval_16bit'], '.3f')}")
+    if result["interval"] and result["interval"]["low"] is not None:
+        lines.append(f"ppl, 95 % interval over chunks: {between(result['interval'], '.3f')}")
+    found = result["difference"]
+    if result["kernels"] and found and found["low"] is not None:
+        lines.append(
+            f"against 16-bit, paired by chunk: {found['mean']:+.4f} nats a token, 95 % interval "
+            f"{between(found, '+.4f')}: {found['verdict']}"
+        )
+    return lines
 
 
 @app.command()
@@ -335,18 +398,33 @@ def compare(
     ] = "uniform,paper,budget",
     a8_share: Annotated[float, typer.Option("--a8-share", help="share that the budget plan may spend")] = 0.125,
     weights: Annotated[str | None, typer.Option("--weights", help="short for --set weights.method=…")] = None,
-    text: Text = "builtin",
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="text to evaluate on, or several: --text a.txt --text c4")
+    ] = None,
     calib: Calib = None,
     chunks: Chunks = 4,
     seqlen: Seqlen = 2048,
     sets: Sets = None,
     seed: Seed = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="rows of each recipe that draws at random, a seed each")] = 1,
+    tasks: Tasks = None,
+    tasks_dir: TasksDir = None,
+    limit: Limit = None,
+    batch: Batch = 16,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="recipe/plan that all rows are judged against; default: the first")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", help="processes that share the recipes")] = 1,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="write the table as Markdown, too")] = None,
+    latex: Annotated[Path | None, typer.Option("--latex", help="write the table as LaTeX, too")] = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Any list of recipes on the same work: a row for each recipe and plan, KV in 16 bits and in its own."""
+    """Any list of recipes on the same work: a row for each recipe and plan, KV in 16 bits and in its own, each with its
+    95 % interval and a verdict against the baseline."""
     from phasequant.compare import compare as run_compare
+    from phasequant.report import comparison_text
 
     set_quiet(quiet)
     short = _overrides(sets, None, None, calib, seed)
@@ -354,9 +432,15 @@ def compare(
         short = [f"weights.method={json.dumps(weights)}", *short]
     result, page = run_compare(
         model, _listed(recipes), output=output, policies=_listed(policies), a8_share=a8_share, overrides=short,
-        text=text, chunks=chunks, seqlen=seqlen, device=device,
+        text=text or ["builtin"], chunks=chunks, seqlen=seqlen, tasks=_tasks(tasks, tasks_dir, limit),
+        tasks_dir=tasks_dir, limit=limit, batch=batch, seeds=seeds, workers=workers, baseline=baseline, device=device,
     )  # fmt: skip
+    for path, form in ((markdown, comparison_text.markdown), (latex, comparison_text.latex)):
+        if path is not None:
+            comparison_text.write(path, result, form)
     out.print(comparison_table(result))
+    if result["original"].get("tasks"):
+        out.print(compared_tasks(result))
     out.print(f"page: {page}", soft_wrap=True, markup=False)
     _emit({"page": str(page), **result}, as_json)
     if any(row["error"] for row in result["rows"]):
@@ -365,36 +449,6 @@ def compare(
 
 def _listed(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def comparison_table(result: dict[str, Any]) -> Table:
-    """Rows of a comparison as a person reads them."""
-    evaluation = result["evaluation"]
-    full = result["original"]["ppl"]
-    title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
-    title += f"; 16-bit {full:.3f}" if full is not None else ""
-    shown = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    kinds = sorted({int(bits) for row in result["rows"] for bits in row.get("figures") or {}}, reverse=True)
-    shown.add_column("recipe", no_wrap=True)
-    shown.add_column("plan", no_wrap=True)
-    for column in ("A8 %", *(f"{what} KV{bits}" for bits in kinds for what in ("ppl", "KL"))):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for column in ("GSR", "online %", "s", "MiB"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in result["rows"]:
-        if row["error"]:
-            shown.add_row(escape(row["recipe"]), row["policy"], "failed:", escape(row["error"].splitlines()[0]))
-            continue
-        figures = []
-        for bits in kinds:
-            one = row["figures"].get(str(bits))
-            figures += [f"{one['ppl']:.3f}", f"{one['kl']:.3f}"] if one else ["–", "–"]
-        shown.add_row(
-            escape(row["recipe"]), row["policy"], f"{100 * row['a8_share']:.1f}", *figures, f"{row['gsr']:.3f}",
-            f"{100 * row['online_macs'] / row['macs_total']:.1f}", f"{row['seconds']:.0f}",
-            f"{row['peak_bytes'] / 2**20:.0f}",
-        )  # fmt: skip
-    return shown
 
 
 @app.command()

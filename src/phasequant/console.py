@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -57,9 +57,40 @@ def _clock(seconds: float) -> str:
     return f"{whole // 60}:{whole % 60:02d}"
 
 
+class Phase(NamedTuple):
+    """A piece of work that showed its progress."""
+
+    title: str
+    total: int
+    seconds: float
+
+
+_watched: list[Phase] | None = None
+
+
+@contextmanager
+def watched_phases() -> Iterator[list[Phase]]:
+    """Collects the pieces of work that end meanwhile."""
+    global _watched
+    before, _watched = _watched, []
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Ticker]:
     """Show `title` with steps done, elapsed time and ETA until the block ends."""
+    start = time.monotonic()
+    with _shown(title, total) as tick:
+        yield tick
+    if _watched is not None:
+        _watched.append(Phase(title, total, time.monotonic() - start))
+
+
+@contextmanager
+def _shown(title: str, total: int) -> Iterator[Ticker]:
     if _quiet:
         yield lambda steps=1: None
         return

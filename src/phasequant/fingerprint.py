@@ -1,6 +1,8 @@
 """A running SHA-256 over text and whole tensors: names what a result was made from, so that it can be kept."""
 
 import hashlib
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,17 @@ class Fingerprint:
     def hex(self, length: int = 32) -> str:
         """The name so far."""
         return self._hasher.hexdigest()[:length]
+
+
+@cache
+def of_code() -> str:
+    """The name of this package's code, as it is on this machine: what is kept was made by it."""
+    found = Fingerprint()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        found.text(path.relative_to(root).as_posix())
+        found.text(path.read_text(encoding="utf-8"))
+    return found.hex()
 
 
 def of_module(module: nn.Module) -> str:

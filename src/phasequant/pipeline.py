@@ -9,6 +9,7 @@ on the source's model.
 """
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phasequant import finetune, text, transform, weight
+from phasequant import finetune, fingerprint, streaming, text, transform, weight
 from phasequant.arch import ModelMap
-from phasequant.checkpoint import mark_quantized, save
+from phasequant.checkpoint import mark_quantized, save, versions
 from phasequant.console import note, warn
+from phasequant.errors import PhaseQuantError
 from phasequant.nn import (
     KVLayout,
     KVQuantizer,
@@ -30,7 +32,6 @@ from phasequant.nn import (
     PrefixLayout,
     QuantLinear,
     attach,
-    quant_linears,
     set_activations,
 )
 from phasequant.numerics import QuantSpec
@@ -72,6 +73,8 @@ class Quantized:
     transform: Transform
     observations: list[Observations] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)
+    blocks: list[Path] | None = None
+    """Of a streamed model: where its finished blocks are. The model then has its structure and no numbers."""
 
     def save_transform(self, path: str | Path) -> Path:
         """Keep the transform alone: `transform: {method: load, file: …}` finds it again, for another weight method."""
@@ -79,7 +82,13 @@ class Quantized:
 
     def save(self, path: str | Path) -> Path:
         """Write a checkpoint; see `checkpoint.native`."""
-        return save(path, self.model, self.tokenizer, self.recipe, self.plan, self.origin)
+        blocks, weights = self.blocks, None
+        if blocks is not None:
+
+            def weights(folder: Path) -> None:
+                streaming.write_shards(self.model, self.map, blocks, folder)
+
+        return save(path, self.model, self.tokenizer, self.recipe, self.plan, self.origin, weights)
 
     @contextmanager
     def reading(self, plan: PrecisionPlan) -> Iterator[PreTrainedModel]:
@@ -113,8 +122,9 @@ def _kv_grids(plan: PrecisionPlan, chosen: Transform, block: int) -> tuple[Quant
 
 
 @torch.no_grad()
-def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
-    """Put activations and KV on the plan's grids, round what stays dense to its stored type, quantize weights."""
+def finish(transformed: Transformed, plan: PrecisionPlan, work: Path | None = None) -> Quantized:
+    """Put activations and KV on the plan's grids, round what stays dense to its stored type, quantize weights. `work`:
+    a directory for finished blocks, from which a run that was stopped goes on."""
     source, recipe, chosen = transformed.source, transformed.recipe, transformed.transform
     model, model_map = source.model, source.map
     plan = with_learned_clips(plan, chosen)
@@ -122,7 +132,7 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
         plan = with_searched_clips(plan, transformed, recipe)
     plan = with_rows(plan, transformed, recipe)
     stored = storage_dtype(recipe, source)
-    _round_dense(model, stored, but_linears=plan.weights is not None)
+    streaming.round_model(model, stored, but_linears=plan.weights is not None)
     give_ranges(source, recipe, plan)
     set_activations(model, model_map, plan.activations)
     layouts: dict[int, KVLayout] = {}
@@ -138,8 +148,9 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
     weights: dict[str, Any] | None = None
     task = _polish_task(source, recipe, chosen)
     lessons = None if task is None else _lessons(task)
+    kept = _kept(work, transformed, plan)
     if plan.weights is not None:
-        weights = _quantize_weights(source, recipe, plan, chosen)
+        weights = _quantize_weights(source, recipe, plan, chosen, kept)
     told: list[dict[str, Any]] = []
     if task is not None and lessons is not None:
         polished = _polish(task, lessons)
@@ -169,18 +180,38 @@ def finish(transformed: Transformed, plan: PrecisionPlan) -> Quantized:
         "finetune": told,
         "prefix": source.prefix and source.prefix.to_dict(),
     }
-    return Quantized(model, source.tokenizer, model_map, recipe, plan, chosen, transformed.observations, origin)
+    blocks = None
+    if source.streamed is not None:
+        assert kept is not None
+        blocks = weight.keep_blocks(model, model_map, kept, source.compute)
+    return Quantized(model, source.tokenizer, model_map, recipe, plan, chosen, transformed.observations, origin, blocks)
 
 
-def _round_dense(model: PreTrainedModel, stored: torch.dtype, *, but_linears: bool) -> None:
-    """What stays dense takes its stored type's values; weights that will be codes are left exact until then."""
-    left = {id(m.weight_dense) for _, m in quant_linears(model)} if but_linears else set()
-    for parameter in model.parameters():
-        if id(parameter) not in left:
-            parameter.data = parameter.data.to(stored).to(parameter.dtype)
+def _kept(work: Path | None, transformed: Transformed, plan: PrecisionPlan) -> weight.KeptCodes | None:
+    """Where finished blocks go: all of a streamed model, of others those that took data and time."""
+    source, recipe = transformed.source, transformed.recipe
+    streamed = source.streamed is not None
+    if streamed and work is None:
+        raise PhaseQuantError("a streamed model is written block by block: give an output")
+    if work is None or not (streamed or (plan.weights and weight.needs_tokens(recipe.weights, recipe.lowrank))):
+        return None
+    stored = storage_dtype(recipe, source)
+    common = {
+        "recipe": recipe.to_dict(),
+        "plan": plan.to_dict(),
+        "transform": transform.fingerprint_of(transformed.transform),
+        "versions": versions(),
+        "code": fingerprint.of_code(),
+        "device": source.compute.type,
+        "stored": str(stored),
+        "source": source.streamed,
+    }
+    return weight.KeptCodes(work, json.dumps(common, sort_keys=True), stored, rounded=recipe.lowrank.input == "rounded")
 
 
-def _quantize_weights(source: Source, recipe: Recipe, plan: PrecisionPlan, chosen: Transform) -> dict[str, Any]:
+def _quantize_weights(
+    source: Source, recipe: Recipe, plan: PrecisionPlan, chosen: Transform, kept: weight.KeptCodes | None
+) -> dict[str, Any]:
     """Codes for every linear; what the manifest says about them."""
     part, spec = recipe.weights, plan.weights
     assert spec is not None
@@ -200,8 +231,11 @@ def _quantize_weights(source: Source, recipe: Recipe, plan: PrecisionPlan, chose
                 tokens=tokens,
                 device=source.compute,
                 others=plan.weights_others,
+                kept=kept,
             )
         )
+    if kept is not None and kept.taken:
+        note(f"{kept.taken} of {source.map.shape.blocks} blocks were quantized in an earlier run: {kept.folder}")
     digest = None if tokens is None else text.digest(tokens)
     return {
         "method": part.method,
@@ -327,15 +361,15 @@ def plan_and_transform(source: Source, recipe: Recipe) -> tuple[Transformed, Pre
     return replace(made, observations=observations, calibration=calibration), plan
 
 
-def run(source: Source, recipe: Recipe, plan: PrecisionPlan | None = None) -> Quantized:
-    """Everything, observing only what the policy needs. In place on the source's model."""
+def run(source: Source, recipe: Recipe, plan: PrecisionPlan | None = None, work: Path | None = None) -> Quantized:
+    """Everything, observing only what the policy needs. In place on the source's model. `work`: see `finish`."""
     if plan is not None:
         check_plan(plan, recipe, source)
         given = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
-        return finish(given, plan)
+        return finish(given, plan, work)
     transformed, made = plan_and_transform(source, recipe)
     note(f"plan: {made.policy}, {len(made.raised)} groups raised, A8 share {100 * made.a8_share:.1f} %")
-    return finish(transformed, made)
+    return finish(transformed, made, work)
 
 
 __all__ = [

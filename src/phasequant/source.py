@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import is_checkpoint, load
@@ -20,6 +27,8 @@ from phasequant.demo_model import demo_gguf
 from phasequant.errors import PhaseQuantError
 from phasequant.isolate import Prefix
 from phasequant.nn import is_capped, switch_attention, take_apart
+from phasequant.stream import home_of
+from phasequant.streaming.opening import open_lazily
 from phasequant.surroundings import hushed_transformers, pick_device
 
 DEMO = "demo"
@@ -29,7 +38,8 @@ DEMO = "demo"
 class Source:
     """A model ready to be looked at: `name` is what the user typed, `quantized` whether it holds packed codes, `work`
     the device that its blocks visit one at a time while the model stays in host memory. `prefix`: what the
-    pipeline put before every sequence; `cuts`: calibration sequences that were tokenized already."""
+    pipeline put before every sequence; `cuts`: calibration sequences that were tokenized already.
+    `streamed`: names the files that blocks are read from when they are needed; None where the model is in memory."""
 
     name: str
     model: PreTrainedModel
@@ -39,6 +49,7 @@ class Source:
     work: torch.device | None = None
     prefix: Prefix | None = None
     cuts: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
+    streamed: str | None = None
 
     @property
     def compute(self) -> torch.device:
@@ -54,7 +65,7 @@ class Source:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return next(self.model.parameters()).device
+        return home_of(self.model)
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -122,7 +133,8 @@ def _restore_digits(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _load_dense(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _config(name: str, device: torch.device) -> tuple[PretrainedConfig, torch.dtype]:
+    """A model's config, checked, and the type that it is computed in."""
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:
@@ -136,7 +148,11 @@ def _load_dense(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTr
         raise PhaseQuantError(
             f"the model '{name}' is already quantized (by '{method}'): start from its 16-bit original"
         )
-    dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
+    return config, torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
+
+
+def _load_dense(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _, dtype = _config(name, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -185,6 +201,17 @@ def open_model(name: str | Path, device: str = "auto", *, stream: bool = False) 
     with hushed_transformers():
         loaded = _load_gguf(path) if path.is_file() else _load_dense(str(path) if path.is_dir() else name, where)
     return wrap(name, *loaded, where, stream=stream)
+
+
+def open_streamed(folder: Path, device: str = "auto") -> Source:
+    """A directory of safetensors whose blocks are read when they are needed. `NotStreamable` where its files hold it
+    otherwise than a model does."""
+    where = pick_device(device)
+    note(f"opening {folder}, to be read block by block")
+    config, dtype = _config(str(folder), where)
+    with hushed_transformers():
+        opened = open_lazily(folder, config, dtype)
+    return Source(str(folder), opened.model, opened.tokenizer, opened.map, work=where, streamed=opened.source.identity)
 
 
 def wrap(

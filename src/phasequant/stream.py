@@ -11,7 +11,8 @@ iterates `step.run()`; `step.probe()` runs a block without consequence (a change
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -47,9 +48,46 @@ class _Captured(Exception):
     """Raised once all blocks were reached: the final norm and head need not run."""
 
 
+class Lazy(Protocol):
+    """What a module whose numbers are made when they are needed has as `lazy` (see `streaming.lazy`)."""
+
+    def fill(self, module: nn.Module, device: torch.device) -> None:
+        """Make them, on `device`."""
+
+    def drop(self, module: nn.Module) -> None:
+        """Let them go."""
+
+
+def lazy_of(module: nn.Module) -> Any | None:
+    """What makes a module's numbers; None where it has them."""
+    return module.__dict__.get("lazy")
+
+
+def finish(block: nn.Module, artifact: Path, prefix: str) -> None:
+    """A lazy block is from now on what a file holds, its names without `prefix`; others are as they are."""
+    lazy = lazy_of(block)
+    if lazy is not None:
+        lazy.finish(artifact, prefix)
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """Where a model's own tensors are; of a streamed one, host memory."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 @contextmanager
 def resident(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have a block on `device` for a while; whatever then stands in it goes back to where its weights were."""
+    """Have a block on `device` for a while; whatever then stands in it goes back to where its weights were. A lazy
+    block is made for this while, and only its structure stays."""
+    lazy: Lazy | None = lazy_of(block)
+    if lazy is not None:
+        lazy.fill(block, device)
+        try:
+            yield
+        finally:
+            lazy.drop(block)
+        return
     home = next(block.parameters()).device
     block.to(device)
     try:
@@ -101,7 +139,7 @@ class BlockStream:
     ) -> None:
         self.model = model
         self.map = model_map
-        self.device = device or next(model.parameters()).device
+        self.device = device or home_of(model)
         self._blocks: nn.ModuleList = model.get_submodule(model_map.family.blocks)
         self.hidden: list[Tensor] = []
         self.arguments: dict[int, dict[str, Any]] = {}
@@ -112,7 +150,8 @@ class BlockStream:
         decoder = self.model.get_submodule(self.map.family.decoder)
         blocks = list(self._blocks)
         norm = self.model.get_submodule(self.map.family.final_norm)
-        home = next(self.model.parameters()).device
+        home = home_of(self.model)
+        embeddings = self.model.get_submodule(self.map.family.embeddings)
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.hidden.append(args[0][0].to("cpu"))
@@ -122,9 +161,10 @@ class BlockStream:
         try:
             for index, block in enumerate(blocks):
                 self._blocks[index] = _Catcher(block, self.arguments, index)
-            for row in tokens:
-                with suppress(_Captured):
-                    decoder(input_ids=row[None].to(home), use_cache=False)
+            with resident(embeddings, home):
+                for row in tokens:
+                    with suppress(_Captured):
+                        decoder(input_ids=row[None].to(home), use_cache=False)
         finally:
             hook.remove()
             for index, block in enumerate(blocks):

@@ -1,89 +1,10 @@
-"""One declarative adapter a family: the names under which its parts stand in the Transformers model. Nothing runs here.
+"""One declarative adapter a family: the names under which its parts stand in the Transformers model (`names` has what
+they mean). Mixtures of experts are in `mixtures`, and so is what is known and refused."""
 
-A family lists, relative to a decoder block, which linears read the same input (a group), which norm that input comes
-from, and where attention lives. Most share one layout, pre-norm with gated MLP:
+from dataclasses import replace
 
-    x ─ norm ─ {q,k,v} ─ attention ─ {o} ─(+)─ norm ─ {gate,up} ─ act·mul ─ {down} ─(+)─
-
-and where one differs, a field says so, which transforms ask before they touch a place:
-
-    norm         rms: n(x)·w        rms+1: n(x)·(1 + w), Gemma's        layer: mean taken off too, and a bias
-    post_norms   norms of the sublayers' outputs, before they are added to the residual stream
-    value, ups   the linears whose rows can scale or rotate what o, or down, reads; none where nothing can
-    experts      where a mixture of them stands: names with {} are each expert's, all of a block one group, whose input
-                 is seen at its `probe`; the router reads the norm too, and stays in 16 bits
-
-Only `norm` rms and rms+1 without `post_norms` let a rotation of the residual stream be folded. Two groups that name one
-norm read one input: what is folded into that norm is shared by both.
-"""
-
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-
-@dataclass(frozen=True)
-class GroupNames:
-    """Linears of a block that read one input, and the norm (if any) whose output that input is."""
-
-    name: str
-    linears: tuple[str, ...]
-    norm: str | None = None
-    probe: str | None = None
-    expert: int | None = None
-
-    @property
-    def input(self) -> str:
-        """The module at whose entrance the group's input is seen: its `probe`, or the first of its linears."""
-        return self.probe or self.linears[0]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a config has to say for the names to hold: `attribute` equal to `value`, or to the attribute `same_as`."""
-
-    attribute: str
-    why: str
-    value: Any = None
-    same_as: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """Names of one architecture. `q`, `k`, `v`, `o` name single linears for what only they take part in.
-
-    `when` chooses among families of one model type by attributes of the config, the first that fits; `d_ffn`, `softcap`
-    and `logit_softcap` name attributes of it: the width inside the MLP, and the caps of attention scores and of logits.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    decoder: str = "model"
-    blocks: str = "model.layers"
-    embeddings: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    attention: str = "self_attn"
-    groups: tuple[GroupNames, ...] = (
-        GroupNames("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-        GroupNames("o", ("self_attn.o_proj",)),
-        GroupNames("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-        GroupNames("down", ("mlp.down_proj",)),
-    )
-    norm: str = "rms"
-    post_norms: tuple[str, ...] = ()
-    value: str | None = "self_attn.v_proj"
-    ups: tuple[str, ...] = ("mlp.up_proj",)
-    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
-    qk_norms: tuple[str, ...] = ()
-    experts: str | None = None
-    router: str | None = None
-    d_ffn: str = "intermediate_size"
-    softcap: str | None = None
-    logit_softcap: str | None = None
-    when: tuple[tuple[str, Any], ...] = ()
-    needs: tuple[Needs, ...] = ()
-    notes: tuple[str, ...] = field(default=())
-
+from phasequant.arch.mixtures import MIXTURES
+from phasequant.arch.names import Family, GroupNames, Needs
 
 POST_NORM = (
     GroupNames("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
@@ -93,19 +14,14 @@ POST_NORM = (
 )
 ONE_MORE = "norms multiply by 1 + w: w holds the folded gain less 1"
 OUTPUT_NORMS = (
-    "the sublayers' outputs are normalized before they are added: rotations run online, after the input norms"
+    "the sublayers' outputs are normalized before they are added: rotations run online, where attention and MLP read"
 )
-NORMED_QK = (
-    "q and k are normalized per head: no rotation can be folded through those norms, so R3 is never folded into q and "
-    "k; it runs online, after the norms and RoPE"
-)
-
 MEAN_OFF = "LayerNorms take off the mean: rotations run online, after the norms"
 NO_UP = "the MLP has no gate, and no scale goes through its activation: the input of its second linear is not scaled"
 ONE_NORM = "attention and MLP read one norm: scales of the input are one for both"
 
 
-def _behind(groups: tuple[GroupNames, ...], name: str, norm: str) -> tuple[GroupNames, ...]:
+def _behind(groups: tuple[GroupNames, ...], name: str, norm: str | None) -> tuple[GroupNames, ...]:
     """The groups, one of them behind another norm."""
     return tuple(replace(group, norm=norm) if group.name == name else group for group in groups)
 
@@ -157,7 +73,6 @@ FAMILIES: tuple[Family, ...] = (
         "Qwen3",
         ("qwen3",),
         qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
-        notes=(NORMED_QK,),
     ),
     Family("Gemma", ("gemma",), norm="rms+1", notes=(ONE_MORE,)),
     Family(
@@ -179,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
         qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
         softcap="attn_logit_softcapping",
         logit_softcap="final_logit_softcapping",
-        notes=(ONE_MORE, OUTPUT_NORMS, NORMED_QK),
+        notes=(ONE_MORE, OUTPUT_NORMS),
     ),
     replace(
         STABLELM,
@@ -231,27 +146,45 @@ FAMILIES: tuple[Family, ...] = (
             NO_UP,
         ),
     ),
+    Family("SmolLM3", ("smollm3",)),
     Family(
-        "Mixtral",
-        ("mixtral",),
-        groups=(
-            GroupNames("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-            GroupNames("o", ("self_attn.o_proj",)),
-            GroupNames(
-                "gate_up",
-                ("mlp.experts.gate.{}", "mlp.experts.up.{}"),
-                "post_attention_layernorm",
-                probe="mlp.experts",
-            ),
-            GroupNames("down", ("mlp.experts.down.{}",), probe="mlp.experts.down"),
-        ),
-        ups=("mlp.experts.up.{}",),
-        writers=("self_attn.o_proj", "mlp.experts.down.{}"),
-        experts="mlp.experts",
-        router="mlp.gate",
-        notes=("bits are given to all experts of a block together; the router reads and computes in 16 bits",),
+        "Granite",
+        ("granite",),
+        logit_divisor="logits_scaling",
+        multipliers=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
     ),
+    Family(
+        "OLMo 2",
+        ("olmo2",),
+        groups=_behind(_behind(POST_NORM, "qkv", None), "gate_up", None),
+        post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        notes=(
+            OUTPUT_NORMS,
+            "no norm stands before attention and MLP: they read the residual stream itself, whose channels no gain can "
+            "scale, so that scales are folded before down and o alone",
+        ),
+    ),
+    Family(
+        "Phi-3",
+        ("phi3",),
+        groups=(
+            GroupNames("qkv", ("self_attn.qkv_proj",), "input_layernorm"),
+            GroupNames("o", ("self_attn.o_proj",)),
+            GroupNames("gate_up", ("mlp.gate_up_proj",), "post_attention_layernorm"),
+            GroupNames("down", ("mlp.down_proj",)),
+        ),
+        value="self_attn.qkv_proj",
+        ups=("mlp.gate_up_proj",),
+        fused=True,
+        notes=(
+            "q, k and v are rows of one linear, gate and up of another: what is folded into v and up goes into theirs",
+        ),
+    ),
+    *MIXTURES,
 )
 
 GROUPS = ("qkv", "o", "gate_up", "down")
 """The groups every family has, in the order of computation."""
+
+__all__ = ["FAMILIES", "GROUPS", "Family", "GroupNames", "Needs"]

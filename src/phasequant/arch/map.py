@@ -13,16 +13,21 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from phasequant.arch.families import FAMILIES, Family, GroupNames
+from phasequant.arch.families import FAMILIES
+from phasequant.arch.mixtures import REFUSED
+from phasequant.arch.names import Family, GroupNames
+from phasequant.arch.said import said
 from phasequant.errors import PhaseQuantError
 
 Place = tuple[int, str]
 """(block, group)."""
+MIXTURE = ("experts", "active", "shared")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The integers of a decoder. `d_head` is not always `d_model / heads`."""
+    """The integers of a decoder. `d_head` is not always `d_model / heads`. Of `experts`, the last `shared` are parts of
+    the shared one and among the `active` of every token."""
 
     blocks: int
     d_model: int
@@ -33,16 +38,20 @@ class Shape:
     vocab: int
     experts: int = 0
     active: int = 0
+    shared: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """For JSON; what is not there is left out."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("experts", "active")}
+        return {name: value for name, value in asdict(self).items() if value or name not in MIXTURE}
 
 
 def _family(config: PretrainedConfig) -> Family:
     """The family of a config, or `PhaseQuantError` with what it lacks."""
     model_type = getattr(config, "model_type", None) or "unknown"
     found = [f for f in FAMILIES if model_type in f.model_types]
+    if model_type in REFUSED:
+        name, why = REFUSED[model_type]
+        raise PhaseQuantError(f"{name} models (of type '{model_type}') are not supported: {why}")
     if not found:
         names: dict[tuple[str, ...], str] = {}
         for one in FAMILIES:  # of several of one type, the shortest name
@@ -60,6 +69,19 @@ def _family(config: PretrainedConfig) -> Family:
     return family
 
 
+def _shared(family: Family, config: PretrainedConfig) -> int:
+    """How many experts' widths a shared expert has; 0 where there is none."""
+    if family.shared_width is None:
+        return 0
+    width, one = int(getattr(config, family.shared_width)), int(getattr(config, family.d_ffn))
+    if width % one:
+        raise PhaseQuantError(
+            f"this {family.name} model has {family.shared_width}={width} and {family.d_ffn}={one}: its shared expert "
+            "is taken apart into experts of the others' width, and that does not divide it"
+        )
+    return width // one
+
+
 def _with_experts(family: Family, experts: int) -> Family:
     """The family with the name of every expert written out; those of one expert stand together."""
 
@@ -73,16 +95,19 @@ def _with_experts(family: Family, experts: int) -> Family:
 
 @dataclass(frozen=True)
 class ModelMap:
-    """A family's names with one model's sizes."""
+    """A family's names with one model's sizes, and what its config says beyond them (`notes`)."""
 
     family: Family
     shape: Shape
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> "ModelMap":
         """The map of a config; `PhaseQuantError` where the architecture is not supported."""
         family = _family(config)
-        experts = 0 if family.experts is None else int(config.num_local_experts)
+        routed = 0 if family.experts is None else int(getattr(config, family.n_experts))
+        shared = _shared(family, config)
+        experts = routed + shared
         family = _with_experts(family, experts)
         heads = config.num_attention_heads
         return cls(
@@ -96,8 +121,10 @@ class ModelMap:
                 d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
                 vocab=config.vocab_size,
                 experts=experts,
-                active=int(config.num_experts_per_tok) if experts else 0,
+                active=int(config.num_experts_per_tok) + shared if experts else 0,
+                shared=shared,
             ),
+            (*family.notes, *said(family, config)),
         )
 
     @property
@@ -151,6 +178,22 @@ class ModelMap:
             return own.linears
         return tuple(name for g in self.groups if g.norm == own.norm for name in g.linears)
 
+    @property
+    def value_rows(self) -> slice:
+        """Which rows of the linear `family.value` are values."""
+        s = self.shape
+        return slice((s.heads + s.kv_heads) * s.d_head, None) if self.family.fused else slice(None)
+
+    @property
+    def up_rows(self) -> slice:
+        """Which rows of the linears `family.ups` are up's."""
+        return slice(self.shape.d_ffn, None) if self.family.fused else slice(None)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies gate and up."""
+        return self.family.fused or len(self.parts(self.group("gate_up"))[0].linears) > 1
+
     def block_name(self, block: int) -> str:
         """Full name of a block's module."""
         return f"{self.family.blocks}.{block}"
@@ -173,7 +216,7 @@ class ModelMap:
         return {
             "qkv": (s.heads + 2 * s.kv_heads) * s.d_head,
             "o": s.d_model,
-            "gate_up": len(self.parts(self.group("gate_up"))[0].linears) * s.d_ffn,
+            "gate_up": (2 if self.gated else 1) * s.d_ffn,
             "down": s.d_model,
         }[group]
 
@@ -201,11 +244,12 @@ class ModelMap:
     def shared(self, norm: str) -> bool:
         """Whether a norm's output has readers beyond one group: another group, or a router."""
         groups = [group for group in self.groups if group.norm == norm]
-        return len(groups) > 1 or self.router_behind(norm) is not None
+        return len(groups) > 1 or bool(self.routers_behind(norm))
 
-    def router_behind(self, norm: str) -> str | None:
-        """The router that reads a norm's output."""
-        return self.family.router if self.group("gate_up").norm == norm else None
+    def routers_behind(self, norm: str) -> tuple[str, ...]:
+        """What reads a norm's output in 16 bits: the router, and the gate of a shared expert."""
+        named = (self.family.router, self.family.shared_gate)
+        return tuple(name for name in named if name is not None and self.group("gate_up").norm == norm)
 
     @property
     def macs_total(self) -> int:
@@ -218,7 +262,7 @@ class ModelMap:
             "family": self.family.name,
             **self.shape.to_dict(),
             "macs_total": self.macs_total,
-            "notes": list(self.family.notes),
+            "notes": list(self.notes),
         }
 
     def fingerprint(self) -> str:

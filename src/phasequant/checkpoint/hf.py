@@ -1,12 +1,13 @@
 """PhaseQuant as a quantization method of Transformers: registered on import, no class patched.
 
-`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 6, "layout": {…}}`. Loading lays
+`config.json` carries `quantization_config = {"quant_method": "phasequant", "format": 7, "layout": {…}}`. Loading lays
 out empty `QuantLinear`s and KV quantizers on the meta device, compares the files with them (manifest where there is
 one, seal, names, shapes), and lets Transformers fill them. A layout of a newer format is refused. Saving hands over
 codes as they are, dense tensors in the checkpoint's 16-bit type, and the seal.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -27,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from phasequant.arch import ModelMap
 from phasequant.checkpoint import manifest
+from phasequant.checkpoint.guard import architecture_hash, check_architecture, check_extent, check_names, check_values
 from phasequant.checkpoint.saving import give_shim
 from phasequant.checkpoint.seal import BYTES, SEALED_SINCE, layout_hash, seal_name, seal_of
 from phasequant.checkpoint.tensors import Entry, check_tensors, headers, read_bytes
@@ -34,8 +36,11 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn import ModelLayout, lay_out, quant_linears
 
 METHOD = "phasequant"
-FORMAT = 6
-READS = (2, 3, 4, 5, 6)  # 3: branches, floating-point grids; 4: static grids, a prefix; 5: rows of their own; 6: a seal
+FORMAT = 7
+READS = (2, 3, 4, 5, 6, 7)
+"""3: branches, floating-point grids; 4: static grids, a prefix; 5: rows of their own; 6: a seal; 7: it covers the
+architecture."""
+DTYPES = ("bfloat16", "float16", "float32")
 SEAL = Entry((BYTES,), "U8")
 _hashes = ContextVar("hashes", default=True)
 
@@ -53,30 +58,49 @@ def without_hashes() -> Iterator[None]:
 class PhaseQuantConfig(QuantizationConfigMixin):
     """The `quantization_config` block of a checkpoint."""
 
-    def __init__(self, layout: dict[str, Any], dtype: str, format: int = FORMAT, **unknown: Any) -> None:
-        """`layout`: `ModelLayout.to_dict()`; `dtype`: of what is not quantized."""
+    def __init__(
+        self,
+        layout: dict[str, Any] | None = None,
+        dtype: str | None = None,
+        format: int = FORMAT,
+        architecture: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        """`layout`: `ModelLayout.to_dict()`; `dtype`: of what is not quantized; `architecture`: hash of the rest of
+        config.json, once it is saved."""
         unknown.pop("quant_method", None)
-        if format not in READS:
+        if type(format) is not int or format not in READS:
             raise PhaseQuantError(
                 f"the checkpoint has format {format}, and this phasequant reads formats {READS[0]} to {READS[-1]}: "
                 "install the version that wrote it (its manifest.json says which), or a newer one"
             )
         if unknown:
             raise PhaseQuantError(f"unknown key '{next(iter(unknown))}' in quantization_config: config.json was edited")
+        if not isinstance(layout, dict) or dtype not in DTYPES or not isinstance(architecture, (str, type(None))):
+            raise PhaseQuantError("quantization_config lacks its layout or its dtype: config.json was edited")
         self.quant_method = METHOD
         self.format = format
         self.dtype = dtype
         self.layout = layout
+        self.architecture = architecture
 
     def to_dict(self) -> dict[str, Any]:
         """For `config.json`: what is written has today's format, whichever was read."""
-        return {**super().to_dict(), "format": FORMAT}
+        written = {**super().to_dict(), "format": FORMAT}
+        return {key: value for key, value in written.items() if key != "architecture" or value is not None}
 
 
 class PhaseQuantQuantizer(HfQuantizer):
     """Lays out a model for loading, and its state dict for saving."""
 
     requires_calibration = True
+
+    def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Nothing of it; but it is where Transformers shows the config before it builds the model."""
+        folder = Path(getattr(config, "_name_or_path", None) or "")
+        if self.pre_quantized and (folder / "config.json").is_file():
+            check_extent(folder)
+        return super().update_tp_plan(config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -93,6 +117,7 @@ class PhaseQuantQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in quant_linears(model):
             module.check(name)
+        check_values(model)
         for name, parameter in model.named_parameters():
             dtype = self._laid_out.get(name, parameter.dtype)
             if parameter.dtype != dtype:  # Transformers leaves what it renames in the type of the file
@@ -102,6 +127,7 @@ class PhaseQuantQuantizer(HfQuantizer):
     def _check_files(self, files: list[Path], model: PreTrainedModel, model_map: ModelMap) -> None:
         """Manifest, seal, names and shapes; the seal's tensor is nobody's, and Transformers is told so."""
         folder, config = files[0].parent, self.quantization_config
+        check_names(folder, files, getattr(model.config, "_name_or_path", None) or None)
         if _hashes.get() and (folder / manifest.NAME).is_file():
             manifest.check(folder, weights_only=True)
         found = headers(files)
@@ -109,11 +135,12 @@ class PhaseQuantQuantizer(HfQuantizer):
         if config.format >= SEALED_SINCE:
             if found.get(name) != SEAL:
                 raise PhaseQuantError(f"the weights in {folder} lack their seal '{name}': get the checkpoint again")
-            if read_bytes(files, name).hex() != layout_hash(config.layout, config.dtype):
+            if read_bytes(files, name).hex() != layout_hash(config.layout, config.dtype, config.architecture):
                 raise PhaseQuantError(
                     f"config.json in {folder} is not the one that the weights were saved with (the layout's hash "
                     "differs): it was edited, or is of another plan; get the checkpoint again"
                 )
+            check_architecture(folder, config.architecture)
             del found[name]
             ignored = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(name)}$"}
@@ -127,7 +154,8 @@ class PhaseQuantQuantizer(HfQuantizer):
         dtype = getattr(torch, self.quantization_config.dtype)
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         made: dict[tuple[int, torch.Size], Tensor] = {}
-        state = model.state_dict()
+        streamed = any(tensor.is_meta for tensor in model.parameters())  # its weights are in files (`streaming.shards`)
+        state = {} if streamed else model.state_dict()
         for name, tensor in state.items():
             if name in parameters:
                 key = tensor.data_ptr() or id(tensor), tensor.shape
@@ -135,7 +163,9 @@ class PhaseQuantQuantizer(HfQuantizer):
                     made[key] = tensor.to(dtype)
                 state[name] = made[key]
         config = self.quantization_config
-        state[seal_name(ModelMap.from_config(model.config))] = seal_of(config.layout, config.dtype)
+        config.architecture = architecture_hash(json.loads(model.config.to_json_string()))
+        seal = seal_of(config.layout, config.dtype, config.architecture)
+        state[seal_name(ModelMap.from_config(model.config))] = seal
         return state, {}
 
     def is_serializable(self) -> bool:

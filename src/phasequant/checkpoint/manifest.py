@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from phasequant.checkpoint.guard import read_json, stays_inside
 from phasequant.errors import PhaseQuantError
 
 NAME = "manifest.json"
@@ -36,12 +37,9 @@ def write(folder: Path, content: dict[str, Any]) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint."""
-    try:
-        values = json.loads((folder / NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PhaseQuantError(f"{folder} has no {NAME}: it is not a whole PhaseQuant checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise PhaseQuantError(f"{folder / NAME} cannot be read ({error}): get the checkpoint again") from error
+    if not (folder / NAME).exists():
+        raise PhaseQuantError(f"{folder} has no {NAME}: it is not a whole PhaseQuant checkpoint")
+    values = read_json(folder / NAME)
     if not _well_formed(values):
         raise PhaseQuantError(f"{folder / NAME} is not a manifest of PhaseQuant's: get the checkpoint again")
     if values.get("format", FORMAT) != FORMAT:
@@ -56,11 +54,13 @@ def _well_formed(values: Any) -> bool:
     if not (isinstance(values, dict) and isinstance(values.get("files"), dict)):
         return False
     versions = values.get("versions")
-    entries = values["files"].values()
     return (
         isinstance(versions, dict)
         and "phasequant" in versions
-        and all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in entries)
+        and all(
+            stays_inside(name) and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+            for name, entry in values["files"].items()
+        )
     )
 
 
@@ -108,8 +108,8 @@ def check(folder: Path, *, weights_only: bool = False) -> dict[str, Any]:
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory is a PhaseQuant checkpoint."""
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        config = read_json(path / "config.json")
+    except PhaseQuantError:
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(quantization, dict) and quantization.get("quant_method") == "phasequant"

@@ -10,6 +10,7 @@ README.md              the model card, from the run's own figures
 """
 
 import json
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from phasequant.arch import ModelMap
 from phasequant.checkpoint import manifest
 from phasequant.checkpoint.card import model_card
 from phasequant.checkpoint.folder import new_folder
+from phasequant.checkpoint.guard import check_extent, read_json
 from phasequant.checkpoint.hf import READS, register, without_hashes
 from phasequant.console import warn
 from phasequant.errors import PhaseQuantError
@@ -51,13 +53,18 @@ def save(
     recipe: Recipe,
     plan: PrecisionPlan,
     origin: dict[str, Any],
+    weights: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write a checkpoint; `origin` goes into the manifest. The directory appears whole or not at all."""
+    """Write a checkpoint; `origin` goes into the manifest. The directory appears whole or not at all. `weights`: writes
+    the weight files of a model that has its structure only."""
     target = Path(path)
-    with new_folder(target, manifest.is_ours, weight_bytes(model) + SLACK) as folder:
+    needed = SLACK if weights is not None else weight_bytes(model) + SLACK
+    with new_folder(target, manifest.is_ours, needed) as folder:
         _mend_generation_config(model)
         with hushed_transformers():
             model.save_pretrained(folder)
+            if weights is not None:
+                weights(folder)
             tokenizer.save_pretrained(folder)
         _forget_this_machine(folder, model.config.quantization_config.dtype)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -114,6 +121,7 @@ def load(
         _check_format(folder, manifest.check(folder))
     if not manifest.is_checkpoint(folder):
         raise PhaseQuantError(f"{folder} is not a PhaseQuant checkpoint (no quant_method 'phasequant' in config.json)")
+    check_extent(folder)
     register()
     where = pick_device(device)
     if dtype is None and where.type == "cpu":
@@ -143,13 +151,14 @@ def load(
 
 def read_plan(folder: Path, model_map: Any) -> PrecisionPlan:
     """The plan of a checkpoint."""
-    return PrecisionPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"), model_map)
+    return PrecisionPlan.from_dict(read_json(folder / "plan.json"), model_map)
 
 
 def _check_format(folder: Path, made: dict[str, Any]) -> None:
     """Refuse a newer format with the name of the version that wrote it."""
-    block = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    found = block.get("format", READS[-1])
+    config = read_json(folder / "config.json")
+    block = config.get("quantization_config") if isinstance(config, dict) else None
+    found = block.get("format", READS[-1]) if isinstance(block, dict) else None
     if isinstance(found, int) and found > READS[-1]:
         here, there = versions()["phasequant"], made["versions"]["phasequant"]
         raise PhaseQuantError(

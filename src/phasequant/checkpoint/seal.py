@@ -1,6 +1,6 @@
 """The seal: 32 bytes in every checkpoint, under the name of a weight that it does not have.
 
-    <first linear of block 0>.weight = SHA-256 of the layout and the stored type        (32,), uint8
+    <first linear of block 0>.weight = SHA-256 of the layout, the stored type and the architecture        (32,), uint8
 
 It does two things. A loader that does not know PhaseQuant looks for that linear's weight, finds one of another shape
 and raises, where it would else leave all linears random and only warn. And a loader that does know compares it with
@@ -29,12 +29,14 @@ def seal_name(model_map: ModelMap) -> str:
     return f"{linear}.weight"
 
 
-def layout_hash(layout: Mapping[str, Any], dtype: str) -> str:
-    """SHA-256 in hex of `ModelLayout.to_dict()` and the type of what is not quantized."""
-    text = json.dumps({"dtype": dtype, "layout": layout}, sort_keys=True)
+def layout_hash(layout: Mapping[str, Any], dtype: str, architecture: str | None = None) -> str:
+    """SHA-256 in hex of `ModelLayout.to_dict()`, the type of what is not quantized, and (since format 7) the hash of
+    the rest of config.json (`guard.architecture_hash`)."""
+    sealed = {"dtype": dtype, "layout": layout, **({} if architecture is None else {"architecture": architecture})}
+    text = json.dumps(sealed, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def seal_of(layout: Mapping[str, Any], dtype: str) -> UInt8[Tensor, "32"]:
+def seal_of(layout: Mapping[str, Any], dtype: str, architecture: str | None = None) -> UInt8[Tensor, "32"]:
     """The tensor."""
-    return torch.frombuffer(bytearray.fromhex(layout_hash(layout, dtype)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray.fromhex(layout_hash(layout, dtype, architecture)), dtype=torch.uint8)

@@ -43,6 +43,8 @@ def headers(files: Sequence[Path]) -> dict[str, Entry]:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
+                    if name in found:
+                        raise PhaseQuantError(f"'{name}' stands in more than one file in {path.parent}: {AGAIN}")
                     piece = file.get_slice(name)
                     found[name] = Entry(tuple(piece.get_shape()), str(piece.get_dtype()))
         except (OSError, SafetensorError) as error:

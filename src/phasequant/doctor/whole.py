@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from phasequant.checkpoint import is_checkpoint
+from phasequant.checkpoint.guard import check_extent, read_json
 from phasequant.doctor import native, stock, stock_report
 from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.kernels import Machine
@@ -45,6 +46,8 @@ def doctor(
         raise PhaseQuantError(f"tensor parallelism is over 1 GPU or more, not {tensor_parallel}")
     if not folder.is_dir():
         raise PhaseQuantError(f"there is no folder {folder}: name a checkpoint's")
+    if (folder / "config.json").exists():
+        read_json(folder / "config.json")
     if target != "vllm" and (linear_backend != "auto" or kv_cache_dtype != "auto" or tensor_parallel > 1 or python):
         raise PhaseQuantError(
             "a linear backend, a KV cache type, tensor parallelism and --python go with --target vllm"
@@ -57,9 +60,17 @@ def doctor(
             raise PhaseQuantError(
                 "PhaseQuant's plugin brings its own kernels: leave --linear-backend and --python away"
             )
-        return native.examine(
-            folder, target, machine, verify=verify, kv_cache=kv_cache_dtype, tensor_parallel=tensor_parallel
-        ).to_dict()
+        check_extent(folder)
+        try:
+            return native.examine(
+                folder, target, machine, verify=verify, kv_cache=kv_cache_dtype, tensor_parallel=tensor_parallel
+            ).to_dict()
+        except PhaseQuantError:
+            raise
+        except Exception as error:  # of a config that Transformers cannot make a model of
+            raise PhaseQuantError(
+                f"the checkpoint {folder} cannot be laid out ({type(error).__name__}: {error}): get it again"
+            ) from error
     if not stock.is_stock(folder):
         raise PhaseQuantError(
             f"{folder} is neither a PhaseQuant nor a compressed-tensors checkpoint: nothing is promised"

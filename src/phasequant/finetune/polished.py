@@ -206,7 +206,7 @@ class PolishedBlock(nn.Module):
         self.norms = [
             PolishedNorm(block, name, model_map.family.norm, wants)
             for name in names
-            if model_map.router_behind(name) is None
+            if not model_map.routers_behind(name)
         ]
         self.kv: LearnedKV | None = None
         attention = block.get_submodule(model_map.family.attention)

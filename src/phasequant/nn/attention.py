@@ -76,6 +76,8 @@ def attention_kernel(
         return SDPA, "a step of training"
     if options.get("position_bias") is not None:
         return SDPA, "scores with a bias"
+    if options.get("s_aux") is not None:
+        return SDPA, "a sink a head"
     if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[-1] != key.length):
         return SDPA, "a mask of numbers, or one a head"
     ok, reason = quantizer.by_triton(query.dtype, query.device)

@@ -7,11 +7,22 @@ t·active + j of token t, and each expert's linear is given its rows alone. So a
 for all experts (`prepare`: after what runs online, which is the same for all), and weights, codes and clips are each
 expert's own.
 
+A shared expert, whose width is that of several, is taken apart into as many (of a gated MLP every channel is on its
+own), which are the last ones by number and which `Mixture` gives to every token:
+
+    y_t = Σ_j p_tj · expert_j(x_t) + s_t · shared(x_t),   s_t = σ(x_t·w) where the shared expert has a gate, else 1
+
+gpt-oss' experts (`ClampedExperts`) have biases, and an act of their own:
+
+    inner = (1 + clamp(u, -L, L)) · g·σ(a·g),   g = min(gate_e x_t, L), u = up_e x_t
+
 An opened model is taken apart (`take_apart`), one that is laid out for loading too, before its weights come: the
-checkpoint holds `experts.gate.0.weight_packed` and the like. The router stays as it is, in 16 bits.
+checkpoint holds `experts.gate.0.weight_packed` and the like. The router and a shared expert's gate stay as they are,
+in 16 bits.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -60,31 +71,99 @@ class Experts(nn.Module):
         """As the model's own: `chosen` experts of every token, and their `shares`."""
         active, experts = chosen.shape[1], chosen.flatten()
         rows = hidden.repeat_interleave(active, 0)
-        inner = self.act_fn(self.gate(rows, experts)) * self.up(rows, experts)
+        inner = self.inner(self.gate(rows, experts), self.up(rows, experts))
         out = self.down(inner, experts).unflatten(0, (-1, active))
         return (out * shares[..., None]).sum(1).to(hidden.dtype)
 
+    def inner(self, gate: Float[Tensor, "R F"], up: Float[Tensor, "R F"]) -> Float[Tensor, "R F"]:
+        """What `down` reads."""
+        return self.act_fn(gate) * up
 
-def _linears(weights: Float[Tensor, "E O I"]) -> ExpertLinears:
+
+class ClampedExperts(Experts):
+    """gpt-oss'."""
+
+    def __init__(self, gate: ExpertLinears, up: ExpertLinears, down: ExpertLinears, slope: float, limit: float):
+        super().__init__(gate, up, down, lambda x: x * torch.sigmoid(slope * x))
+        self.limit = limit
+
+    def inner(self, gate: Float[Tensor, "R F"], up: Float[Tensor, "R F"]) -> Float[Tensor, "R F"]:
+        """What `down` reads."""
+        return self.act_fn(gate.clamp(max=self.limit)) * (up.clamp(-self.limit, self.limit) + 1)
+
+
+class Mixture(nn.Module):
+    """Router, experts and the gate of the shared one, in the place of the model's own."""
+
+    def __init__(self, gate: nn.Module, experts: Experts, shared: int, shared_expert_gate: nn.Module | None) -> None:
+        """The last `shared` of `experts` are every token's."""
+        super().__init__()
+        self.gate, self.experts, self.shared_expert_gate = gate, experts, shared_expert_gate
+        self.shared = shared
+
+    def forward(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+        """As the model's own."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        _, shares, chosen = self.gate(x)
+        count = len(self.experts.gate)
+        always = torch.arange(count - self.shared, count, device=chosen.device).expand(len(x), -1)
+        own = shares.new_ones(len(x), 1) if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid()
+        shares = torch.cat((shares, own.to(shares.dtype).expand(-1, self.shared)), -1)
+        found: Tensor = self.experts(x, torch.cat((chosen, always), -1), shares)
+        return found.reshape(hidden.shape)
+
+
+def _linears(weights: Float[Tensor, "E O I"], biases: Float[Tensor, "E O"] | None = None) -> ExpertLinears:
     made = []
-    for weight in weights:
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    for e, weight in enumerate(weights):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=biases is not None, device="meta")
+        linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
+        if biases is not None:
+            linear.bias = nn.Parameter(biases[e].detach().clone(), requires_grad=False)
         made.append(linear)
     return ExpertLinears(made)
 
 
+def _apart(stacked: Any) -> Experts:
+    """The experts of two stacked tensors."""
+    if hasattr(stacked, "gate_up_proj_bias"):  # gpt-oss: (E, I, O), rows of gate and up in turns
+        both, bias = stacked.gate_up_proj.detach().transpose(1, 2), stacked.gate_up_proj_bias.detach()
+        gate, up = (_linears(both[:, at::2], bias[:, at::2]) for at in (0, 1))
+        down = _linears(stacked.down_proj.detach().transpose(1, 2), stacked.down_proj_bias.detach())
+        return ClampedExperts(gate, up, down, stacked.alpha, stacked.limit)
+    gate, up = (_linears(half) for half in stacked.gate_up_proj.detach().chunk(2, dim=1))
+    return Experts(gate, up, _linears(stacked.down_proj), stacked.act_fn)
+
+
+def _join(experts: Experts, shared: Any, count: int) -> None:
+    """Add a gated MLP to the experts, in `count` pieces."""
+    parts = (
+        shared.gate_proj.weight.unflatten(0, (count, -1)),
+        shared.up_proj.weight.unflatten(0, (count, -1)),
+        shared.down_proj.weight.unflatten(1, (count, -1)).transpose(0, 1),
+    )
+    for linears, weights in zip((experts.gate, experts.up, experts.down), parts, strict=True):
+        linears.extend(_linears(weights))
+
+
 def take_apart(model: PreTrainedModel, model_map: ModelMap) -> None:
     """Replace the stacked experts of every block by `Experts`; one block's weights are in memory twice meanwhile."""
-    name = model_map.family.experts
-    if name is None:
+    family, count = model_map.family, model_map.shape.shared
+    if family.experts is None:
         return
     for index in model_map.blocks:
-        parent, _, leaf = f"{model_map.block_name(index)}.{name}".rpartition(".")
+        parent, _, leaf = f"{model_map.block_name(index)}.{family.experts}".rpartition(".")
         owner = model.get_submodule(parent)
         stacked = getattr(owner, leaf)
         if isinstance(stacked, Experts):
             continue
-        gate, up = stacked.gate_up_proj.detach().chunk(2, dim=1)
-        made = Experts(_linears(gate), _linears(up), _linears(stacked.down_proj), stacked.act_fn)
-        setattr(owner, leaf, made.train(stacked.training))
+        made = _apart(stacked).train(stacked.training)
+        if family.shared is None:
+            setattr(owner, leaf, made)
+            continue
+        block = model.get_submodule(model_map.block_name(index))
+        _join(made, block.get_submodule(family.shared), count)
+        gate = None if family.shared_gate is None else block.get_submodule(family.shared_gate)
+        mixture = Mixture(owner.gate, made, count, gate).train(stacked.training)
+        outer, _, inner = parent.rpartition(".")
+        setattr(model.get_submodule(outer), inner, mixture)

@@ -17,6 +17,7 @@ from phasequant.arch import GROUPS, ModelMap
 from phasequant.errors import PhaseQuantError
 from phasequant.nn.attention import attach, switch_attention
 from phasequant.nn.experts import take_apart
+from phasequant.nn.fits import check_grid, check_map
 from phasequant.nn.kv import KVLayout, KVQuantizer
 from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
@@ -171,7 +172,7 @@ class ModelLayout:
                         replace(grid, clip=float(states), bits=width),
                     )
                     kv[block] = KVLayout(*grids, dict(qk) if qk is not None else None)
-            return cls(
+            made = cls(
                 weights=spec(values["weights"]),
                 kv=kv,
                 activations=activations,
@@ -182,11 +183,34 @@ class ModelLayout:
                     place(name): QuantSpec.from_dict(entry) for name, entry in values.get("weights_others", {}).items()
                 },
             )
-        except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            made._check(model_map)
+        except (LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
             raise PhaseQuantError(
                 f"the quantization config is not one of PhaseQuant's ({type(error).__name__}: {error}): "
                 "config.json was edited or cut short; get it again"
             ) from error
+        return made
+
+    def _check(self, model_map: ModelMap) -> None:
+        """Raise where a grid does not suit its place, or a map or a group of a scale its width: before any tensor is
+        made in their sizes."""
+        if self.weights is None and self.weights_others:
+            raise PhaseQuantError("the config gives grids to single weights where all others are in 16 bits")
+        for block in model_map.blocks:
+            for group in GROUPS:
+                check_grid(self.weights_at(block, group), "weights", model_map.width_in(group))
+        for spec in set(self.activations.values()):
+            check_grid(spec, "activations", 1)
+        for layout in self.kv.values():
+            for spec in (layout.keys, layout.values):
+                check_grid(spec, "kv", model_map.shape.d_head)
+        first = next(iter(self.kv.values()), None)
+        if first is not None and first.qk is not None:
+            check_map(first.qk, "keys", model_map.shape.d_head)
+        for group, entry in self.online.items():
+            if group not in GROUPS:
+                raise PhaseQuantError(f"the config gives an online map to '{group}', which this model does not have")
+            check_map(entry, group, model_map.width_in(group))
 
 
 def prefix_tokens(model: PreTrainedModel) -> tuple[int, ...]:

@@ -168,7 +168,7 @@ class PrecisionPlan:
         """From a file's text."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PhaseQuantError(f"the plan is not valid JSON ({error})") from error
         return cls.from_dict(values, model_map)
 
@@ -212,7 +212,7 @@ def _kv_raised(values: Any, base: QuantSpec | None, model_map: ModelMap) -> dict
     for name, own, why in _entries(values, "kv_raised", "BLOCK"):
         if base is None:
             raise PhaseQuantError("the plan's 'kv_raised' raise keys and values that have 16 bits already")
-        if not name.isdecimal() or int(name) not in model_map.blocks:
+        if not _is_block(name, model_map):
             raise PhaseQuantError(f"the plan raises the KV of block '{name}', which this model does not have")
         spec = _spec({**base.to_dict(), **own}, f"KV of block {name}", "kv", (model_map.shape.d_head,))
         if spec is None or replace(spec, bits=base.bits, clip=base.clip) != base:
@@ -265,9 +265,13 @@ def _alpha(value: Any) -> float | None:
     return value
 
 
+def _is_block(name: str, model_map: ModelMap) -> bool:
+    return name.isdecimal() and len(name) < 10 and int(name) in model_map.blocks
+
+
 def _place(name: Any, model_map: ModelMap, verb: str) -> Place:
     block, _, group = str(name).partition(".")
-    if group not in GROUPS or not block.isdecimal() or int(block) not in model_map.blocks:
+    if group not in GROUPS or not _is_block(block, model_map):
         raise PhaseQuantError(
             f"the plan {verb} '{name}', which this model does not have: places are BLOCK.GROUP with blocks "
             f"0 to {model_map.shape.blocks - 1} and groups {', '.join(GROUPS)}"

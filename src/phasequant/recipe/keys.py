@@ -17,7 +17,7 @@ def _start(clip: float | str) -> float:
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class TransformPart(Part):

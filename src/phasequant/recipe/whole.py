@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from phasequant.errors import PhaseQuantError
-from phasequant.presets import merge, override, read, resolve
+from phasequant.presets import check_plain, merge, override, read, resolve
 from phasequant.recipe.keys import (
     ActivationsPart,
     CalibrationPart,
@@ -32,6 +32,8 @@ from phasequant.recipe.keys import (
     WeightsPart,
 )
 from phasequant.recipe.words import commented, explain
+
+MOST_SAID = 20  # mistakes in one message
 
 
 class Recipe(Part):
@@ -132,10 +134,16 @@ class Recipe(Part):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Validated; every problem is a `PhaseQuantError` that names the key and the nearest right one."""
+        if not isinstance(values, Mapping):
+            raise PhaseQuantError(f"a recipe is a mapping of keys, not a {type(values).__name__}")
+        check_plain(values, "the recipe")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise PhaseQuantError("\n".join(explain(problem, cls) for problem in error.errors())) from error
+            problems = error.errors(include_url=False)
+            lines = [explain(problem, cls) for problem in problems[:MOST_SAID]]
+            more = [f"and {len(problems) - MOST_SAID} more"] if len(problems) > MOST_SAID else []
+            raise PhaseQuantError("\n".join(lines + more)) from error
 
     @classmethod
     def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":

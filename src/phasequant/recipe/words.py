@@ -1,5 +1,6 @@
 """A recipe in words: YAML with a comment on every key, and its mistakes as a person reads them."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
@@ -7,6 +8,14 @@ import yaml
 from pydantic import BaseModel
 
 from phasequant.errors import did_you_mean
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain values, each written out where it stands."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """All."""
+        return True
 
 
 def _type_name(annotation: Any) -> str:
@@ -24,6 +33,15 @@ def _type_name(annotation: Any) -> str:
     return " | ".join(_type_name(a) for a in arguments)
 
 
+def _in_one_line(value: Any) -> str:
+    """A value as YAML that reads back as itself."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"))
+    lines = text.removesuffix("...\n").splitlines()
+    if len(lines) == 1:
+        return lines[0]
+    return yaml.dump(value, Dumper=_Dumper, default_flow_style=True, default_style='"', width=float("inf")).strip()
+
+
 def commented(model: type[BaseModel], values: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for name, info in model.model_fields.items():
@@ -34,7 +52,7 @@ def commented(model: type[BaseModel], values: Mapping[str, Any], indent: str) ->
             lines += commented(part, value, indent + "  ")
         else:
             default = yaml.safe_dump(info.default, default_flow_style=True).splitlines()[0]
-            shown = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+            shown = _in_one_line(value)
             if not indent:
                 lines.append("")
             lines.append(f"{indent}# {info.description} [{_type_name(info.annotation)}; default {default}]")
@@ -58,4 +76,4 @@ def explain(problem: Any, model: type[BaseModel]) -> str:
         choices = [a for a in get_args(fields[place[1]].annotation) if isinstance(a, str)] if len(place) > 1 else []
         if choices:
             return f"recipe key '{path}' cannot be '{given}': {did_you_mean(given, choices)}"
-    return f"recipe key '{path}' cannot be {given!r}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"recipe key '{path}' cannot be {reprlib.repr(given)}: {problem['msg'].removeprefix('Value error, ')}"

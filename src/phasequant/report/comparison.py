@@ -30,6 +30,7 @@ from phasequant.report.comparison_rows import (
     ppl,
     ranked,
     tidy,
+    verdict_of,
 )
 from phasequant.report.page import RUNGS, finite, gaussian_gsr, plotly_bundle
 
@@ -55,7 +56,7 @@ def render(result: Json) -> str:
 def context(result: Json) -> Json:
     """What the template shows."""
     result = finite(result)
-    rows = tidy(result["rows"])
+    rows = tidy(by_seed(result))
     done = [row for row in rows if not row["error"]]
     levels = kv_levels(rows)
     original = result["original"]["ppl"]
@@ -70,6 +71,8 @@ def context(result: Json) -> Json:
         "rows": [shown(row, rows, levels) for row in rows],
         "gains": gains(rows, levels),
         "places": places(done),
+        "verdicts": verdicts(rows, levels),
+        "asked": answered(result, rows, levels),
         "figures": finite(build(done, levels, original)),
         "state": {"kv": levels[-1] if levels else "", "gsr": "mean"},
         "groups": groups,
@@ -108,6 +111,63 @@ def shown(row: Json, rows: list[Json], levels: Sequence[str]) -> Json:
     cells += [cell(None if share is None else 100 * share, ".2f"), cell(scaled("weight_bytes", 2**-20), ",.1f")]
     bits = ", ".join(filter(None, [row["bits"], row["weights"]]))
     return {**row, "bits": bits, "cells": [*cells, cell(row["kv_bytes_per_token"], ",.0f")]}
+
+
+def by_seed(result: Json) -> list[Json]:
+    """Rows; where there are several seeds, named by theirs."""
+    if result.get("seeds", 1) < 2:
+        return list(result["rows"])
+    return [{**row, "recipe": f"{row['recipe']}, seed {row['seed']}"} for row in result["rows"]]
+
+
+def span(found: Json | None, kind: str, factor: float = 1.0) -> str:
+    """An interval as text."""
+    if found is None or found.get("low") is None:
+        return "–"
+    return f"{number(factor * found['low'], kind)} … {number(factor * found['high'], kind)}"
+
+
+def verdicts(rows: list[Json], levels: Sequence[str]) -> list[Json]:
+    """Each row against the baseline, at each KV bits, on each text."""
+    found = []
+    for row in rows:
+        for level in levels:
+            figure = row["figures"].get(level)
+            for text, one in ({"": figure, **(figure.get("texts") or {})} if figure else {}).items():
+                if one.get("interval") is not None:
+                    found.append({
+                        "row": row, "level": level, "text": text, "value": one["ppl"], "ppl": number(one["ppl"], "ppl"),
+                        "interval": span(one["interval"], ".2f"), "mean": (one["against"] or {}).get("mean"),
+                        "difference": number((one["against"] or {}).get("mean"), "+.4f"),
+                        "between": span(one["against"], "+.4f"), "verdict": verdict_of(one["against"]) or "baseline",
+                    })  # fmt: skip
+    return found
+
+
+def answered(result: Json, rows: list[Json], levels: Sequence[str]) -> Json | None:
+    """Accuracies of all rows and of the 16-bit model."""
+    full = result["original"].get("tasks") or {}
+    if not full:
+        return None
+
+    def cell(one: Json | None) -> Json:
+        if one is None:
+            return {"value": None, "text": "–", "small": ""}
+        percent = one["metric"] != "perplexity"
+        factor, kind = (100, ".1f") if percent else (1, ".2f")
+        error = "" if one["error"] is None else f" ± {number(factor * one['error'], kind)}"
+        found = one.get("against")
+        small = verdict_of(found)
+        if found is not None and percent:
+            small = f"{number(factor * found['mean'], '+.1f')}, {small}"
+        return {"value": one["value"], "text": number(factor * one["value"], kind) + error, "small": small}
+
+    lines = [{"row": {"recipe": "16-bit", "policy": ""}, "level": "16", "cells": [cell(one) for one in full.values()]}]
+    lines += [
+        {"row": row, "level": level, "cells": [cell((figure.get("tasks") or {}).get(task)) for task in full]}
+        for row in rows for level in levels if (figure := row["figures"].get(level))
+    ]  # fmt: skip
+    return {"tasks": {task: one["metric"] for task, one in full.items()}, "lines": lines}
 
 
 def online_share(row: Json) -> float | None:

@@ -63,6 +63,11 @@ def paired(row: Json, base: Json | None, level: str) -> Json | None:
     return {"mean": fmean(steps), "error": error, "noise": error is not None and abs(fmean(steps)) <= bound}
 
 
+def verdict_of(found: Json | None) -> str:
+    """better, worse, undecided; nothing of the baseline itself."""
+    return "" if found is None else str(found["verdict"])
+
+
 def find(rows: Iterable[Json], recipe: str, policy: str) -> Json | None:
     """The row of a recipe under a policy."""
     return next((row for row in rows if (row["recipe"], row["policy"]) == (recipe, policy)), None)

@@ -7,7 +7,8 @@
     tensor       the integers of one device, where the maps before o and down are blocks that divide among the devices
     parallel     (`shards`): Hadamards of rotation.block, or none (rotation.online=false); one of the whole width, or
                  over all heads, does not divide
-    refused      mixtures of experts; a prefix on several pipeline stages
+    refused      mixtures of experts; families that vLLM builds otherwise (`UNSERVED`); a prefix on several pipeline
+                 stages
 
 A prefix needs the positions of the tokens in every attention, which vLLM tells outside of compiled graphs only: such
 checkpoints run with `enforce_eager`.
@@ -18,6 +19,15 @@ from phasequant.nn import ModelLayout
 
 CUT = ("o", "down")
 """Groups whose inputs are divided among devices."""
+
+_PARTS = "vLLM stacks linears here that it does not tell the plugin the parts of"
+UNSERVED = {
+    "Phi-3": "its checkpoints hold q, k and v in one linear, gate and up in another, which vLLM loads part by part",
+    "GPT-NeoX": "vLLM names the modules of its attention by another path than its checkpoints do",
+    "StableLM": _PARTS,
+    "StableLM, parallel": _PARTS,
+}
+"""Family → why vLLM's own model of it does not load our checkpoints."""
 
 
 def refusals(
@@ -30,6 +40,8 @@ def refusals(
             f"{model_map.family.name} has a mixture of experts, which vLLM computes in kernels of its own: "
             "the plugin takes dense models only"
         )
+    if model_map.family.name in UNSERVED:
+        found.append(f"{model_map.family.name}: {UNSERVED[model_map.family.name]}")
     if tensor_parallel > 1:
         why = _indivisible(layout, model_map, tensor_parallel)
         if why:

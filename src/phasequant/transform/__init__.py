@@ -7,6 +7,7 @@ from phasequant.transform.dfrot import dfrot
 from phasequant.transform.files import load, load_transform, save_transform
 from phasequant.transform.flat import flat, flat_draft
 from phasequant.transform.frtq import frtq
+from phasequant.transform.kept import fingerprint_of
 from phasequant.transform.os_plus import os_plus
 from phasequant.transform.quarot import fixed_rotations, quarot
 from phasequant.transform.smooth import smooth
@@ -35,6 +36,7 @@ __all__ = [
     "Task",
     "Transform",
     "apply",
+    "fingerprint_of",
     "fixed_rotations",
     "learn_blocks",
     "learn_clips",

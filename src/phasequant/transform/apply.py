@@ -13,6 +13,7 @@ head stay in the model's type.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from phasequant.arch import ModelMap
 from phasequant.console import progress
 from phasequant.nn import OnlineMap, QuantLinear, replace_module
 from phasequant.numerics import LinearMap
-from phasequant.stream import resident
+from phasequant.stream import home_of, lazy_of, resident
 from phasequant.transform.contract import BlockTransform, Transform, check_folding, check_places
 from phasequant.transform.norms import WORK, gain_of, scale_bias, set_gain, stored_gain
 
@@ -50,16 +51,22 @@ def _weight_in(weight: Tensor, gain: Tensor | None, rotation: LinearMap | None) 
     return weight if rotation is None else rotation.apply(weight)
 
 
-def _by_rows(weight: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Change a large matrix in place, in fp64, some rows at a time."""
-    for rows in weight.split(ROWS):
+def _by_rows(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Change a module's large matrix in place, in fp64, some rows at a time; a lazy one when it is made."""
+    lazy = lazy_of(module)
+    if lazy is not None:
+        lazy.change(change)
+        return
+    for rows in module.get_parameter("weight").data.split(ROWS):
         rows.copy_(change(rows.to(WORK)))
 
 
-def _write(dense: Dense, out: LinearMap) -> Dense:
-    """A writer whose output goes through `out`: y·T."""
+def _write(dense: Dense, out: LinearMap, rows: slice = slice(None)) -> Dense:
+    """A writer whose output, or its last `rows`, goes through `out`: y·T."""
     weight, bias = dense
-    return out.apply(weight.T).T, None if bias is None else out.apply(bias)
+    kept = slice(0, rows.start or 0)
+    changed = torch.cat((weight[kept], out.apply(weight[rows].T).T))
+    return changed, None if bias is None else torch.cat((bias[kept], out.apply(bias[rows])))
 
 
 def _new_gain(
@@ -100,27 +107,29 @@ def transform_block(
     check_places(maps, model_map)
     if folds_norms or residual is not None:
         check_folding(model_map)
-    dense: dict[str, Dense] = {}
-    for group in model_map.groups:
-        for name in group.linears:
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            own = linear.bias.detach().to(WORK) if linear.bias is not None else None
-            dense[name] = linear.weight.detach().to(WORK), own
-    if maps.value is not None and family.value is not None:
-        dense[family.value] = _write(dense[family.value], maps.value)
-    if "down" in maps.scales:
-        for up in family.ups:
-            dense[up] = _write(dense[up], LinearMap.scaling(maps.scales["down"]))
+
+    def read(name: str) -> Dense:
+        """A linear in fp64, its outputs mapped for those who read them; one at a time, as they are large."""
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        own = linear.bias.detach().to(WORK) if linear.bias is not None else None
+        dense: Dense = linear.weight.detach().to(WORK), own
+        if maps.value is not None and name == family.value:
+            dense = _write(dense, maps.value, model_map.value_rows)
+        if "down" in maps.scales and name in family.ups:
+            dense = _write(dense, LinearMap.scaling(maps.scales["down"]), model_map.up_rows)
+        return dense
+
     gains: dict[str, tuple[Tensor, Tensor]] = {}
     for group in model_map.groups:
         scale = maps.scales.get(model_map.scale_of(group.name) or "")
         if group.norm is not None and group.norm not in gains:
             norm = block.get_submodule(group.norm)
             gains[group.norm] = _new_gain(norm, family.norm, scale, folds_norms, stored)
-            _turn_router(block, model_map.router_behind(group.norm), gains[group.norm], residual)
+            for router in model_map.routers_behind(group.norm):
+                _turn_router(block, router, gains[group.norm], residual)
         for name in group.linears:
-            weight, bias = dense[name]
+            weight, bias = read(name)
             if group.norm is not None:
                 before, after = gains[group.norm]
                 weight = _weight_in(weight, before, residual) / after.to(weight)
@@ -136,12 +145,11 @@ def transform_block(
             _put(block, name, weight, bias, online)
 
 
-def _turn_router(block: nn.Module, name: str | None, gains: tuple[Tensor, Tensor], residual: LinearMap | None) -> None:
+def _turn_router(block: nn.Module, name: str, gains: tuple[Tensor, Tensor], residual: LinearMap | None) -> None:
     """A router behind a norm reads what the norm now gives; its weight stays where it is, in its own type."""
-    if name is not None:
-        weight = block.get_submodule(name).get_parameter("weight")
-        before, after = gains
-        weight.data.copy_(_weight_in(weight.detach().to(WORK), before, residual) / after)
+    weight = block.get_submodule(name).get_parameter("weight")
+    before, after = gains
+    weight.data.copy_(_weight_in(weight.detach().to(WORK), before, residual) / after)
 
 
 def _put(block: nn.Module, name: str, weight: Tensor, bias: Tensor | None, online: LinearMap | None) -> None:
@@ -176,19 +184,24 @@ def apply(
     if transform.folds_norms or transform.residual is not None:
         check_folding(model_map)
     if transform.residual is not None:
-        _by_rows(embeddings.weight.data, transform.residual.apply)
+        _by_rows(embeddings, transform.residual.apply)
     with progress(f"transform ({transform.method})", model_map.shape.blocks) as tick:
         for index in model_map.blocks:
             block = model.get_submodule(model_map.block_name(index))
-            with resident(block, device or next(block.parameters()).device):
-                transform_block(
-                    block,
-                    transform.block(index),
-                    model_map,
-                    residual=transform.residual,
-                    folds_norms=transform.folds_norms,
-                    stored=stored,
-                )
+            change = partial(
+                transform_block,
+                maps=transform.block(index),
+                model_map=model_map,
+                residual=transform.residual,
+                folds_norms=transform.folds_norms,
+                stored=stored,
+            )
+            lazy = lazy_of(block)
+            if lazy is not None:
+                lazy.change(block, change)
+            else:
+                with resident(block, device or home_of(block)):
+                    change(block)
             tick()
     gain = None
     if transform.folds_norms:
@@ -196,4 +209,4 @@ def apply(
         gain = gain_of(norm, family.norm)
         set_gain(norm, family.norm, torch.ones_like(gain))
     if gain is not None or transform.residual is not None:
-        _by_rows(head.weight.data, lambda rows: _weight_in(rows, gain, transform.residual))
+        _by_rows(head, lambda rows: _weight_in(rows, gain, transform.residual))

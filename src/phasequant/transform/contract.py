@@ -112,13 +112,13 @@ class Transform:
         """One entry a place, for reports: which matrix, on which rung, folded or online, at what cost a token, over all
         blocks. The map of keys runs only where the KV cache is quantized (`kv`)."""
         shape = model_map.shape
-        gated = len(model_map.parts(model_map.group("gate_up"))[0].linears) > 1
+        reads = "input of gate and up" if model_map.gated else "input of the MLP"
         places = (
             ("qkv", "input of q, k, v", "online", 1),
             ("value", "values, per kv head", "folded", 0),
             ("heads", "heads, before o", "online", 1),
             ("qk", "queries and keys, after RoPE", "online", shape.heads + shape.kv_heads),
-            ("gate_up", "input of gate and up" if gated else "input of the MLP", "online", model_map.rows("gate_up")),
+            ("gate_up", reads, "online", model_map.rows("gate_up")),
             ("down", "input of down", "online", model_map.rows("down")),
         )
         found: list[dict[str, Any]] = []

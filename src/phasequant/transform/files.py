@@ -23,6 +23,11 @@ from phasequant.transform.contract import MAPS, BlockTransform, Task, Transform
 from phasequant.transform.quarot import fixed_rotations
 
 HEADER = "phasequant"
+DAMAGED = (
+    OSError, SafetensorError, PhaseQuantError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError,
+    RecursionError, RuntimeError,
+)  # fmt: skip
+"""What a file that is none of ours, or no longer, makes the code below raise."""
 STORED_WITHIN = 1e-2  # of orthogonal: what rounding to 16 bits can do
 
 
@@ -84,7 +89,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = (file.metadata() or {}).get(HEADER)
         if header is None:
             raise PhaseQuantError("it has no PhaseQuant header")
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header)  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PhaseQuantError(f"its '{name}' holds values that are NaN or infinite")
+    return tensors, json.loads(header)
 
 
 def write_block(path: Path, block: BlockTransform) -> None:
@@ -98,7 +107,7 @@ def read_block(path: Path) -> BlockTransform | None:
         return None
     try:
         return _block(*_read(path), "")
-    except (OSError, SafetensorError, PhaseQuantError, KeyError, ValueError, TypeError):
+    except DAMAGED:
         return None
 
 
@@ -140,7 +149,7 @@ def load_transform(path: str | Path, model_map: ModelMap) -> Transform:
         if len(blocks) not in (0, model_map.shape.blocks):
             raise PhaseQuantError(f"it has {len(blocks)} blocks, and the model {model_map.shape.blocks}")
         return Transform(str(header["method"]), bool(header["folds_norms"]), residual, blocks)
-    except (OSError, SafetensorError, PhaseQuantError, KeyError, ValueError, TypeError) as error:
+    except DAMAGED as error:
         raise PhaseQuantError(f"the transform {source} cannot be used: {error}") from error
 
 

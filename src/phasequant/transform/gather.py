@@ -45,9 +45,9 @@ def gather(
         if norms and group.name in norms and group.norm is not None:
             hooks.append(block.get_submodule(group.norm).register_forward_pre_hook(keep_norm(norms[group.name])))
     if values is not None and model_map.family.value is not None:
-        take = values
+        take, rows = values, model_map.value_rows
         linear = block.get_submodule(model_map.family.value)
-        hooks.append(linear.register_forward_hook(lambda m, a, y: take(y.flatten(0, -2).float())))
+        hooks.append(linear.register_forward_hook(lambda m, a, y: take(y[..., rows].flatten(0, -2).float())))
     try:
         yield
     finally:

@@ -15,10 +15,37 @@ from torch import Tensor, nn
 from phasequant.console import note
 from phasequant.fingerprint import Fingerprint
 from phasequant.numerics import LinearMap
+from phasequant.stream import home_of, resident
 from phasequant.transform.contract import MAPS, BlockTransform, Task, Transform
 from phasequant.transform.files import read_block, write_block
 
 VERSION = 4  # of what a kept block means
+
+
+def fingerprint_of(transform: Transform) -> str:
+    """Names a transform: its maps, scales and clips."""
+    found = Fingerprint()
+    found.text(f"{transform.method} {transform.folds_norms}")
+    _add_map(found, transform.residual)
+    seen: dict[int, BlockTransform] = {}
+    for block in transform.blocks:
+        if id(block) not in seen:  # the same in all blocks, or each its own
+            seen[id(block)] = block
+            for place in MAPS:
+                _add_map(found, getattr(block, place))
+            for named in (block.scales, block.weight_clips):
+                for name, tensor in named.items():
+                    found.text(name)
+                    found.tensor(tensor)
+            found.text(f"{dict(block.inputs)} {block.kv}")
+    found.text(str(len(transform.blocks)))
+    return found.hex(64)
+
+
+def _add_map(to: Fingerprint, found: LinearMap | None) -> None:
+    to.text(json.dumps(None if found is None else found.layout(), sort_keys=True))
+    for tensor in () if found is None else found.tensors().values():
+        to.tensor(tensor)
 
 
 class KeptBlocks:
@@ -31,14 +58,11 @@ class KeptBlocks:
         if task.kept is None:
             return
         self._past.tensor(task.tokens)
-        self._past.module(task.model.get_submodule(task.map.family.embeddings))
+        embeddings = task.model.get_submodule(task.map.family.embeddings)
+        with resident(embeddings, home_of(embeddings)):
+            self._past.module(embeddings)
         self._past.text(f"{VERSION} {torch.__version__} {task.device.type} {start.folds_norms}")
-        self._add_map(self._past, start.residual)
-
-    def _add_map(self, to: Fingerprint, found: LinearMap | None) -> None:
-        to.text(json.dumps(None if found is None else found.layout(), sort_keys=True))
-        for tensor in () if found is None else found.tensors().values():
-            to.tensor(tensor)
+        _add_map(self._past, start.residual)
 
     def see(self, block: nn.Module) -> None:
         """The next 16-bit block, whose inputs those before it made."""
@@ -54,7 +78,7 @@ class KeptBlocks:
         name.text(json.dumps({**asked, "learning": task.learning.model_dump(), "seed": task.seed}, sort_keys=True))
         name.text(task.part.model_dump_json())
         for place in MAPS:
-            self._add_map(name, getattr(start, place))
+            _add_map(name, getattr(start, place))
         scales: dict[str, Tensor] = dict(start.scales)
         for group, scale in scales.items():
             name.text(group)

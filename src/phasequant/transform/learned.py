@@ -322,8 +322,9 @@ class LearnedBlock(nn.Module):
         (residual,) = self._residual
         for group in self.model_map.groups:
             prepare = self._preparer(group.name)
-            router = self.model_map.router_behind(group.norm) if group.norm is not None else None
-            if router is not None and residual is not None:
+            routers = self.model_map.routers_behind(group.norm) if group.norm is not None else ()
+            for router in routers if residual is not None else ():
+                assert residual is not None
                 replace_module(self.block, router, _Turned(self.block.get_submodule(router), residual))
             if group.norm is not None and not self.model_map.shared(group.norm):  # once for all that read it
                 norm = self.block.get_submodule(group.norm)
@@ -367,12 +368,10 @@ class LearnedBlock(nn.Module):
             if scale is not None:
                 weight = weight / scale
             if name == family.value and value is not None:
-                weight = value(weight.T).T
-                bias = None if bias is None else value(bias)
+                weight, bias = _changed(weight, bias, self.model_map.value_rows, lambda x: value(x.t()).t())
             if name in family.ups and "down" in self.log_scales:
-                rows = self.log_scales["down"].exp()
-                weight = weight * rows[:, None]
-                bias = None if bias is None else bias * rows
+                times = self.log_scales["down"].exp()
+                weight, bias = _changed(weight, bias, self.model_map.up_rows, lambda x: (x.t() * times).t())
             if group == "o" and value is not None:
                 weight = value.inverse_transpose(weight, (shape.kv_heads, shape.heads))
             if online is not None:
@@ -436,6 +435,18 @@ def _key(name: str) -> str:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _changed(
+    weight: Tensor, bias: Tensor | None, rows: slice, change: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Some rows of a linear changed: the first ones stay, and all from `rows.start` on are `change`d."""
+    kept = rows.start or 0
+
+    def of(x: Tensor) -> Tensor:
+        return change(x) if not kept else torch.cat((x[:kept], change(x[kept:])))
+
+    return of(weight), None if bias is None else of(bias)
 
 
 def searched_clips(weight: Float[Tensor, "O I"], spec: QuantSpec) -> Float[Tensor, "O G"]:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from phasequant.arch import GROUPS
 from phasequant.console import note, progress
 from phasequant.errors import PhaseQuantError
-from phasequant.nn import QuantLinear, Recomputed, replace_module
+from phasequant.nn import QuantLinear, Recomputed, capped_logits, replace_module
 from phasequant.nn.attention import ATTENTION
 from phasequant.numerics import LinearMap
 from phasequant.optim import CayleySGD, Zeta
@@ -124,8 +124,7 @@ class RotatedModel(nn.Module):
         for index in task.map.blocks:
             name = task.map.block_name(index)
             replace_module(self.model, name, Recomputed(self.model.get_submodule(name)))
-        self.family = family
-        self.cap = None if family.logit_softcap is None else getattr(self.model.config, family.logit_softcap, None)
+        self.map, self.family = task.map, family
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """(B, T) → (B, T, D), after the final norm."""
@@ -140,8 +139,7 @@ class RotatedModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Logits."""
-        found: Tensor = self.model.get_submodule(self.family.head)(x)
-        return found if self.cap is None else self.cap * torch.tanh(found / self.cap)
+        return capped_logits(self.model, self.map, self.model.get_submodule(self.family.head)(x))
 
     def result(self, begin: Transform) -> Transform:
         """The rotations as they stand."""

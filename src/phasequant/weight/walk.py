@@ -33,6 +33,7 @@ from phasequant.recipe import LowRankPart, WeightsPart
 from phasequant.stream import BlockStream, resident
 from phasequant.weight.codes import Told, WeightCodes
 from phasequant.weight.gptq import factor, gptq, normalized
+from phasequant.weight.kept import KeptCodes
 from phasequant.weight.lowrank import Branch, split
 from phasequant.weight.moments import Moments, best_weights, shrunk
 from phasequant.weight.rtn import round_to_nearest
@@ -45,7 +46,7 @@ Clips = Mapping[str, Float[Tensor, "O G"]]
 @dataclass(frozen=True)
 class WeightTask:
     """What a walk is given. `others`: grids of groups that do not take `spec`. `clips(block)`: learned clip ratios by
-    linear, for `spec`. `tokens`: where a method looks at data."""
+    linear, for `spec`. `tokens`: where a method looks at data. `kept`: where finished blocks are, and go."""
 
     model: PreTrainedModel
     map: ModelMap
@@ -57,6 +58,7 @@ class WeightTask:
     tokens: Int[Tensor, "sequences T"] | None
     device: torch.device
     others: Mapping[Place, QuantSpec] = field(default_factory=dict)
+    kept: KeptCodes | None = None
 
     def at(self, block: int, group: str) -> QuantSpec:
         """The grid of a group's codes."""
@@ -146,13 +148,40 @@ def _without_data(task: WeightTask) -> Iterator[dict[str, Any]]:
     with progress(f"weights ({task.part.method}, {task.spec})", len(task.map.blocks)) as tick:
         for index in task.map.blocks:
             block = task.model.get_submodule(task.map.block_name(index))
-            with resident(block, task.device):
-                for group in task.map.groups:
-                    for part in task.map.parts(group):
-                        made = _quantize_group(task, block, index, part, None)
-                        made.settle()
-                        yield _entry(index, part, made.told)
+            told = _told(task, index, block)
+            if told is None:
+                told = []
+                with resident(block, task.device):
+                    for group in task.map.groups:
+                        for part in task.map.parts(group):
+                            made = _quantize_group(task, block, index, part, None)
+                            made.settle()
+                            told.append(_entry(index, part, made.told))
+                    _keep(task, index, block, told)
+            else:
+                assert task.kept is not None
+                task.kept.settle(index, block, f"{task.map.block_name(index)}.", _linears(task, index))
+            yield from told
             tick()
+
+
+def _told(task: WeightTask, index: int, block: nn.Module) -> list[dict[str, Any]] | None:
+    """What was told of a block that an earlier run finished; None where it is still to be done."""
+    if task.kept is None:
+        return None
+    task.kept.see(index, block)
+    return task.kept.told(index)
+
+
+def _keep(task: WeightTask, index: int, block: nn.Module, told: list[dict[str, Any]]) -> None:
+    """Write a block that has its codes."""
+    if task.kept is not None:
+        task.kept.write(index, block, f"{task.map.block_name(index)}.", told)
+
+
+def _linears(task: WeightTask, index: int) -> dict[str, QuantSpec]:
+    """The grid of every linear of a block."""
+    return {name: task.at(index, group.name) for group in task.map.groups for name in group.linears}
 
 
 def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
@@ -171,12 +200,26 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
             stack.enter_context(kv_in_16_bits(task.model))
         stream = BlockStream(task.model, task.map, task.tokens, task.device)
         original = list(stream.hidden)
+        if task.kept is not None:
+            task.kept.add([task.tokens, *original])
         for step in stream.steps(f"weights ({part.method}, {task.spec})"):
             arguments = stream.arguments[step.index]
             aims = part.method == "gptq" and part.target == "outputs"
             twin = _sixteen_bit_twin(step.block, task) if aims else None
             made: list[_Made] = []
             twins_outputs: list[Tensor] = []
+            told = _told(task, step.index, step.block)
+            if told is not None:
+                yield from told
+                if twin is not None:
+                    original = _outputs(twin, original, arguments, task.device)
+                assert task.kept is not None
+                place = step.index, step.block, f"{task.map.block_name(step.index)}.", _linears(task, step.index)
+                task.kept.show(*place)
+                step.drain()
+                task.kept.settle(*place)
+                continue
+            told = []
             for groups in rounds:
                 last = twins_outputs if groups is rounds[-1] else None
                 moments = _moments(task, step.block, twin, groups, stream.hidden, original, arguments, last)
@@ -185,12 +228,26 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
                     found = _quantize_group(task, step.block, step.index, group_part, own)
                     found.show()
                     made.append(found)
-                    yield _entry(step.index, group_part, found.told)
+                    told.append(_entry(step.index, group_part, found.told))
             step.drain()
             for found in made:
                 found.settle()
+            _keep(task, step.index, step.block, told)
+            yield from told
             if twin is not None:
                 original = twins_outputs
+
+
+def _outputs(
+    block: nn.Module, hidden: Sequence[Tensor], arguments: Mapping[str, Any], device: torch.device
+) -> list[Tensor]:
+    """What a block gives for every sequence."""
+    found = []
+    for row in hidden:
+        with torch.no_grad():
+            y = block(row.to(device)[None], **arguments)
+        found.append((y[0] if isinstance(y, tuple) else y)[0].to(row.device))
+    return found
 
 
 def _sixteen_bit_twin(block: nn.Module, task: WeightTask) -> nn.Module:
