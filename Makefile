@@ -29,7 +29,7 @@ test-vllm: $(VENV_VLLM)/.installed
 
 docs: $(VENV)/.installed-docs
 	@echo "== documentation, about 10 seconds"
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 	@echo "site: build/site/index.html"
 
 lint: $(VENV)/.installed-dev
@@ -71,4 +71,4 @@ $(VENV_VLLM)/.installed: pyproject.toml constraints.txt | check-python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) phasequant-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) phasequant-demo build/site .pytest_cache .mypy_cache .ruff_cache

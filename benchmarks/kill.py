@@ -75,7 +75,7 @@ def main() -> int:
         print(f"uninterrupted: {alone:.0f} s, {len(wanted)} files", flush=True)
         kills, ends, same = [], 0, True
         cache, out = fresh(folder, "killed"), folder / "out" / "it"
-        while len(kills) < given.kills or not ends:
+        while True:
             process = start(given.model, options, out, cache)
             after = draw.uniform(0, alone * 0.6) if len(kills) < given.kills else None
             try:
@@ -95,6 +95,8 @@ def main() -> int:
             left = sorted(path.name for path in out.parent.iterdir() if path != out)
             same = same and not different and not left
             print(f"end {ends}: {len(found)} files, different: {different}, left behind: {left}", flush=True)
+            if len(kills) == given.kills:
+                break
             shutil.rmtree(out.parent)
             cache = fresh(folder, "killed")
         told = {"seconds_alone": round(alone, 1), "kills": kills, "ends": ends, "same": same, "files": wanted}

@@ -11,6 +11,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pygments.formatters import HtmlFormatter
 
 import phasequant
 from phasequant.cli import app
-from phasequant.recipe import Recipe, parts, presets
+from phasequant.recipe import Recipe, presets
 from phasequant.recipe.words import _in_one_line, _type_name
 
 DOCS = Path(__file__).parent
@@ -149,11 +150,18 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-def shelf(what: Callable[[], dict[str, str]]) -> Callable[[], str]:
-    """Presets or parts, each with its line."""
-    return lambda: "\n".join(
-        ["| name | what it is |", "|---|---|", *(f"| `{name}` | {_cell(line)} |" for name, line in what().items())]
-    )
+def shelf(folder: str) -> Callable[[], str]:
+    """Presets or parts, each with the comment that its file begins with."""
+
+    def listed() -> str:
+        lines = ["| name | what it is |", "|---|---|"]
+        for path in sorted((PACKAGE / folder).glob("*.yaml")):
+            text = path.read_text(encoding="utf-8").splitlines()
+            comment = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), text)]
+            lines.append(f"| `{path.stem}` | {_cell(' '.join(comment))} |")
+        return "\n".join(lines)
+
+    return listed
 
 
 def _option(parameter: Any) -> str:
@@ -175,7 +183,9 @@ def command_line() -> str:
         inner = getattr(command, "commands", None)
         if inner is None:
             lines.extend(["", f"## {name}", "", _linked(inspect.cleandoc(command.help or "")), ""])
-            lines.extend(["| | |", "|---|---|", *(_option(p) for p in command.params)])
+            lines.extend(
+                ["| argument, option | meaning [default] |", "|---|---|", *(_option(p) for p in command.params)]
+            )
         for word, one in sorted((inner or {}).items()):
             show(f"{name} {word}", one)
 
@@ -248,8 +258,8 @@ def _sizes(table: str) -> Callable[[], str]:
 PARTS: dict[str, Callable[[], str]] = {
     "methods": method_list,
     "recipe-keys": recipe_keys,
-    "presets": shelf(presets),
-    "parts": shelf(parts),
+    "presets": shelf("recipes"),
+    "parts": shelf("recipes/parts"),
     "command-line": command_line,
     "python": python_api,
     **{f"sizes-{table}": _sizes(table) for table in ("weights", "cache", "shares", "online")},

@@ -142,3 +142,103 @@ def test_a_polished_recipe_has_codes_and_polish_of_each_plan(saved, text_file, t
     assert (
         rows[0]["figures"]["4"]["rows"] > 0 and rows[1]["figures"]["4"]["rows"] is None
     )  # all three blocks are raised
+
+
+def without_times(result):
+    """A comparison but for what a clock or the memory says."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_bytes", "seconds_per_block")}
+            for row in result["rows"]]  # fmt: skip
+
+
+def test_a_killed_comparison_ends_with_the_same_table(setup, tmp_path, monkeypatch):
+    from phasequant.compare_rows import Rows
+
+    model, options = setup
+    asked = {**options, "policies": ["uniform"], "seeds": 2, "text": [options["text"], "builtin"], "chunks": 1}
+    whole, _ = compare(model, ["rtn", "quarot"], **{**asked, "output": tmp_path / "whole"})
+    write, written = Rows.write, []
+
+    def stopping(self, recipe, row):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(self, recipe, row)
+        written.append(row)
+
+    monkeypatch.setattr(Rows, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, ["rtn", "quarot"], **asked)
+    monkeypatch.setattr(Rows, "write", lambda self, recipe, row: (written.append(row), write(self, recipe, row)))
+    found, page = compare(model, ["rtn", "quarot"], **asked)
+    assert len(written) == 3 and without_times(found) == without_times(whole)
+    assert found["original"] == whole["original"] and set(found["original"]["texts"]) == {"builtin"}
+    rows = [(row["recipe"], row["seed"]) for row in found["rows"]]
+    assert rows == [("rtn", 0), ("quarot", 0), ("quarot", 1)]  # nothing is random in rtn
+    assert {s["n"] for s in found["over_seeds"] if s["recipe"] == "quarot"} == {2}
+    assert "quarot, seed 1" in page.read_text() and "Over seeds" in page.read_text()
+
+
+def test_intervals_and_verdicts_against_the_baseline(setup):
+    from phasequant.evaluate.statistics import compare_nll, perplexity_interval
+
+    model, options = setup
+    result, page = compare(
+        model, ["rtn", "quarot"], baseline="quarot/paper", **{**options, "policies": ["uniform", "paper"], "chunks": 4}
+    )
+    assert result["baseline"] == "quarot/paper"
+    rows = {(row["recipe"], row["policy"]): row["figures"]["4"] for row in result["rows"]}
+    base = rows["quarot", "paper"]
+    assert base["against"] is None and base["interval"] == perplexity_interval(base["nll"]).to_dict()
+    one = rows["rtn", "uniform"]
+    assert one["against"] == compare_nll(one["nll"], base["nll"])
+    assert one["against"]["verdict"] in page.read_text() and "More than chance?" in page.read_text()
+    with pytest.raises(PhaseQuantError, match="the baseline 'quarto' is not compared: did you mean 'quarot/"):
+        compare(model, ["rtn", "quarot"], baseline="quarto", **options)
+
+
+def test_processes_make_the_same_rows(setup, tmp_path):
+    model, options = setup
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("compose: [w4, a4, kv4]\ntransform: {method: load, file: none.safetensors}\n")
+    asked = {**options, "policies": ["uniform"], "chunks": 1}
+    alone, _ = compare(model, ["rtn", str(wrong), "quarot"], **{**asked, "output": tmp_path / "alone"})
+    found, _ = compare(model, ["rtn", str(wrong), "quarot"], workers=2, **asked)
+    for ours, theirs in zip(found["rows"], alone["rows"], strict=True):
+        assert (ours["recipe"], ours["seed"]) == (theirs["recipe"], theirs["seed"])
+        if theirs["error"]:
+            assert "none.safetensors" in ours["error"]
+        else:
+            assert ours["figures"]["4"]["ppl"] == pytest.approx(theirs["figures"]["4"]["ppl"], rel=1e-6)
+    assert len(list((asked["output"] / "rows").glob("*.json"))) == 2
+
+
+def test_tasks_markdown_and_latex(setup, tmp_path, run):
+    pytest.importorskip("lm_eval")
+    model, options = setup
+    (tmp_path / "qa").mkdir()
+    rows = [{"query": f"Question: the {x}?", "choices": [x, "no", f"{x} {x}"], "gold": 0} for x in "abcdef"]
+    (tmp_path / "qa" / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [part for one in SMALL for part in ("--set", one)]
+    status, out, err = run(
+        "compare", model, "--recipes", "rtn,quarot", "--policies", "uniform", "-o", options["output"],
+        "--text", options["text"], "--calib", options["text"], "--chunks", "2", "--seqlen", "48", "--json",
+        "--tasks", "arc_easy", "--tasks-dir", tmp_path / "qa", "--limit", "5", "--baseline", "quarot",
+        "--markdown", tmp_path / "a.md", "--latex", tmp_path / "a.tex", *sets,
+    )  # fmt: skip
+    assert status == 0, err
+    told = json.loads(out.splitlines()[-1])
+    rtn, quarot = (row["figures"]["4"]["tasks"]["arc_easy"] for row in told["rows"])
+    assert rtn["n"] == 5 and len(rtn["values"]) == 5 and quarot["against"] is None
+    assert rtn["against"]["verdict"] in ("better", "worse", "undecided")
+    alone = phasequant.evaluate(
+        model, recipe="rtn", tasks=["arc_easy"], tasks_dir=tmp_path / "qa", limit=5,
+        overrides=[*SMALL, f"calibration.text={options['text']}"],
+    )["tasks"]["arc_easy"]  # fmt: skip
+    assert rtn["value"] == alone["value"] and told["original"]["tasks"]["arc_easy"]["value"] == alone["16bit"]["value"]
+    lines = (tmp_path / "a.md").read_text().splitlines()
+    assert lines[0].startswith("| recipe | plan | bits | A8 % | ppl KV16 | arc_easy acc_norm KV16 |")
+    assert len({line.count("|") for line in lines[:5]}) == 1 and lines[2].startswith("| 16-bit |")
+    tex = (tmp_path / "a.tex").read_text()
+    body = [line for line in tex.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 4 and len({line.replace(r"\&", "").count("&") for line in body}) == 1
+    assert r"arc\_easy" in tex and "%" not in tex.replace(r"\%", "").removeprefix("% needs")
+    assert "Zero-shot tasks" in (options["output"] / "compare.html").read_text()

@@ -16,7 +16,7 @@ from phasequant.nn import prefix_length, prefix_tokens
 harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 ARC = [
-    {"query": f"Question: What is {a} plus {b}?", "choices": [str(a + b), "nothing", str(a * b + 1), "ten"], "gold": g}
+    {"query": f"Question: What is {a} plus {b}?", "choices": [str(a + b), "nothing", str(a * b + 20), "ten"], "gold": g}
     for g, (a, b) in enumerate([(1, 2), (3, 4), (5, 6), (2, 7)])
 ]  # fmt: skip
 PIQA = [{"query": f"Question: open the {x}\n", "choices": [f"pull the {x}", "wait for it"], "gold": i % 2}
@@ -78,7 +78,7 @@ def test_rows_become_the_harness_columns():
 
 
 def test_what_cannot_be_read_is_said(folder):
-    with pytest.raises(PhaseQuantError, match="there is no .*hellaswag.jsonl.*here: arc_easy"):
+    with pytest.raises(PhaseQuantError, match=r"there is no .*hellaswag.jsonl.*here: arc_easy"):
         questions.read(folder, "hellaswag")
     (folder / "bad.jsonl").write_text('{"query": 1}\n{oops\n')
     with pytest.raises(PhaseQuantError, match="line 2, is not JSON"):
@@ -237,7 +237,8 @@ def test_command_line(folder, run, saved, tmp_path):
     made = phasequant.quantize(str(saved("llama")), "quarot", output=tmp_path / "q")
     assert made.model is not None
     status, out, err = run(
-        "eval", tmp_path / "q", "--tasks", "arc_easy,piqa", "--tasks-dir", folder, "--limit", "3", "--batch", "2", "--json"
+        "eval", tmp_path / "q", "--tasks", "arc_easy,piqa", "--tasks-dir", folder, "--limit", "3", "--batch", "2",
+        "--json",
     )  # fmt: skip
     assert status == 0, err
     told = json.loads(out.splitlines()[-1])

@@ -31,8 +31,8 @@ FEWSHOT_SEED = 1234  # the harness's
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One model on one task. `values`: the metric of each question, in order (of a perplexity its nll); `higher_is_better`: of the metric;
-    `others`: the task's other metrics, with theirs."""
+    """One model on one task. `values`: the metric of each question, in order (of a perplexity its nll);
+    `higher_is_better`: of the metric; `others`: the task's other metrics, with theirs."""
 
     task: str
     metric: str
@@ -261,8 +261,8 @@ def versus(ours: TaskScore, theirs: TaskScore) -> dict[str, Any]:
 
 
 def beside(ours: Mapping[str, TaskScore], full: Mapping[str, TaskScore] | None) -> dict[str, Any]:
-    """What `eval` tells of tasks: task → figures, the 16-bit original's, and the paired difference to those; other metrics
-    of a task stand below, as in {"arc_easy": {…, "others": {"acc": {…}}}}."""
+    """What `eval` tells of tasks: task → figures, the 16-bit original's, and the paired difference to those; a task's
+    other metrics stand below, as in {"arc_easy": {…, "others": {"acc": {…}}}}."""
 
     def told(one: TaskScore, other: TaskScore | None) -> dict[str, Any]:
         both: dict[str, Any] = {**one.to_dict(values=False), "others": {}}

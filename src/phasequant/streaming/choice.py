@@ -8,7 +8,7 @@ from phasequant.errors import PhaseQuantError
 from phasequant.recipe import Recipe
 from phasequant.sensitivity import RUNS_MODEL
 from phasequant.streaming.memory import available
-from phasequant.streaming.tensors import weight_files
+from phasequant.streaming.tensors import SourceTensors, weight_files
 
 SHARE = 0.8  # of the memory that is free: a model that would take more is streamed
 WIDE = 4  # bytes of a weight in memory on a CPU
@@ -45,10 +45,10 @@ def should_stream(name: str, recipe: Recipe, wanted: bool | None) -> Path | None
         return path
     if wanted is False or (why is not None and not path.is_dir()):
         return None
-    files = weight_files(path)
-    dense = sum(file.stat().st_size for file in files) // 2 * WIDE
-    free = available()
-    if not files or dense <= SHARE * free:
+    if not weight_files(path):
+        return None
+    dense, free = WIDE * SourceTensors(path).numbers, available()
+    if dense <= SHARE * free:
         return None
     said = f"'{name}' takes {dense / 2**30:.1f} GiB in memory, and {free / 2**30:.1f} GiB are free"
     if why is not None:

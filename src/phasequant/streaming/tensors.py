@@ -6,6 +6,7 @@ short (safetensors compares its header with its size). A file that is gone, or a
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from phasequant.errors import PhaseQuantError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 AGAIN = "get the model's files again"
 
 
@@ -50,7 +52,8 @@ class SourceTensors:
                 status = path.stat()
                 self._stamps[path] = status.st_size, status.st_mtime_ns
                 with path.open("rb") as raw:
-                    hasher.update(raw.read(8 + int.from_bytes(raw.read(8), "little") % 2**27))
+                    size = int.from_bytes(raw.read(8), "little")
+                    hasher.update(raw.read(min(size, MOST_HEADER)))
                 with safe_open(path, "pt") as file:
                     for name in file.keys():  # noqa: SIM118  (not a mapping)
                         if name in self.file:
@@ -67,9 +70,9 @@ class SourceTensors:
         return self
 
     @property
-    def nbytes(self) -> int:
-        """Of all files."""
-        return sum(size for size, _ in self._stamps.values())
+    def numbers(self) -> int:
+        """How many numbers all tensors hold."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def _check(self, path: Path) -> None:
         try:
