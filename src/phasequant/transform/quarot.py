@@ -12,8 +12,7 @@ M ⊗ R2 over the whole width; before down R4 acts on the product of the MLP; R3
                      online   gains stay in the norms; a rotation of the model width runs after each: 2·D·(a + b)
                               multiply-adds a token and block more (D = a·b); R2 folded; online M, R3, R4
 
-    rotation.heads: apart    without M: o sees every head rotated by R2 alone; online only R3 and R4, which is
-                     what stock servers have kernels for
+    rotation.heads: apart    without M: o sees every head rotated by R2 alone; online only R3 and R4
     rotation.online: false   R1 and R2 alone: neither M, R3 nor R4, so that nothing at all runs online
     rotation.block: B (online) Hadamards of order B side by side instead: B multiply-adds a value; nothing before o,
                      whose blocks are in R2. What MR-GPTQ (arXiv 2509.23202) does for FP4, whose scales span 16 or 32
