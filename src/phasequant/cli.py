@@ -19,7 +19,7 @@ from phasequant.cli_push import push
 from phasequant.cli_serve import serve
 from phasequant.console import note, out, set_quiet, stderr
 from phasequant.errors import PhaseQuantError, did_you_mean
-from phasequant.tables import between, compared_tasks, comparison_table, tasks_table
+from phasequant.tables import between, compared_tasks, comparison_table, tasks_table, verdicts_table
 
 app = typer.Typer(
     add_completion=False,
@@ -439,6 +439,7 @@ def compare(
         if path is not None:
             comparison_text.write(path, result, form)
     out.print(comparison_table(result))
+    out.print(verdicts_table(result))
     if result["original"].get("tasks"):
         out.print(compared_tasks(result))
     out.print(f"page: {page}", soft_wrap=True, markup=False)

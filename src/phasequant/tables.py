@@ -70,17 +70,10 @@ def comparison_table(result: dict[str, Any]) -> Table:
     full = result["original"]["ppl"]
     title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
     title += f"; 16-bit {full:.3f}" if full is not None else ""
-    title += f"; against {result['baseline']}: nats a token" if result.get("baseline") else ""
     kinds = sorted({int(bits) for row in result["rows"] for bits in row.get("figures") or {}}, reverse=True)
     shown = _empty(title, "recipe", "plan")
-    last = max(kinds, default=0)
-    for bits in kinds:
-        last = bits
     names = ["A8 %", *(f"{what} KV{bits}" for bits in kinds for what in ("ppl", "KL"))]
-    for column in (*names, f"95 % interval KV{last}", "difference", "95 % interval"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    shown.add_column("", no_wrap=True)
-    for column in ("GSR", "online %", "s", "MiB"):
+    for column in (*names, "GSR", "online %", "s", "MiB"):
         shown.add_column(column, justify="right", no_wrap=True)
     for row in result["rows"]:
         name = escape(row["recipe"]) + (f" seed {row['seed']}" if result.get("seeds", 1) > 1 else "")
@@ -91,14 +84,30 @@ def comparison_table(result: dict[str, Any]) -> Table:
         for bits in kinds:
             one = row["figures"].get(str(bits))
             figures += [f"{one['ppl']:.3f}", f"{one['kl']:.3f}"] if one and one["ppl"] is not None else ["–", "–"]
-        one = row["figures"].get(str(last)) or {}
-        against = one.get("against")
         shown.add_row(
-            name, row["policy"], f"{100 * row['a8_share']:.1f}", *figures, between(one.get("interval"), ".2f"),
-            number(against and against["mean"], "+.4f"), between(against, "+.4f"), verdict_of(against),
-            f"{row['gsr']:.3f}", f"{100 * row['online_macs'] / row['macs_total']:.1f}", f"{row['seconds']:.0f}",
+            name, row["policy"], f"{100 * row['a8_share']:.1f}", *figures, f"{row['gsr']:.3f}",
+            f"{100 * row['online_macs'] / row['macs_total']:.1f}", f"{row['seconds']:.0f}",
             f"{row['peak_bytes'] / 2**20:.0f}",
         )  # fmt: skip
+    return shown
+
+
+def verdicts_table(result: dict[str, Any]) -> Table:
+    """Intervals of a comparison's rows, and their differences to the baseline."""
+    shown = _empty(f"against {result['baseline']}, nats a token, paired by chunk", "recipe", "plan", "KV", "text")
+    for column in ("ppl", "95 % interval", "difference", "95 % interval"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for row in result["rows"]:
+        name = escape(row["recipe"]) + (f" seed {row['seed']}" if result["seeds"] > 1 else "")
+        for bits, figure in (row.get("figures") or {}).items():
+            for text, one in {result["evaluation"]["text"]: figure, **figure["texts"]}.items():
+                against = one["against"]
+                shown.add_row(
+                    name, row["policy"], bits, escape(text.rsplit("/", 1)[-1]), number(one["ppl"], "ppl"),
+                    between(one["interval"], ".2f"), number(against and against["mean"], "+.4f"),
+                    between(against, "+.4f"), verdict_of(against) or "baseline",
+                )  # fmt: skip
     return shown
 
 

@@ -28,9 +28,10 @@ def cells(result: Json, marks: dict[str, str]) -> tuple[list[str], list[list[str
         names += [f"{task} {metrics.get(task, '')} KV{level}".replace("  ", " ") for task in tasks]
     full = result["original"]
     first = ["16-bit", "", *([""] if seeds else []), "W16A16", ""]
-    for _ in levels:
-        first += [number(full["ppl"], "ppl"), *(number(_at(full, "texts", text, "ppl"), "ppl") for text in others)]
-        first += [_percent(_at(full, "tasks", task, "value"), metrics.get(task, "")) for task in tasks]
+    for level in levels:
+        cells_16 = [number(full["ppl"], "ppl"), *(number(_at(full, "texts", text, "ppl"), "ppl") for text in others)]
+        cells_16 += [_percent(_at(full, "tasks", task, "value"), metrics.get(task, "")) for task in tasks]
+        first += cells_16 if level == "16" else ["–"] * len(cells_16)
     shown = [first]
     for row in rows:
         line = [row["recipe"], row["policy"], *([str(row.get("seed", ""))] if seeds else [])]
