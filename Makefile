@@ -20,8 +20,8 @@ demo: $(VENV)/.installed
 	$(BIN)/phasequant demo
 
 test: $(VENV)/.installed-dev lint docs
-	@echo "== tests"
-	$(BIN)/python -m pytest
+	@echo "== tests, two files at a time"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-vllm: $(VENV_VLLM)/.installed
 	@echo "== tests in vLLM, about 6 minutes on 2 cores"
