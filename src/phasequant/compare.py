@@ -4,7 +4,8 @@ Every recipe is learned and quantized under each policy (all activations low; Dy
 with its KV cache in 16 bits and in its own. All rows see the same evaluation chunks and the same questions beside the
 same 16-bit original. A recipe whose transform does not see the plan is quantized once and its plans are put on the same
 codes; one whose transform is learned for the plan's bits is learned anew for each (of a block-wise method only the
-blocks that changed). `seeds`: as many rows of a recipe that draws at random, one for each seed from the recipe's on.
+blocks that changed). `seeds`: as many rows of a recipe that draws at random or reads calibration text, one for each
+seed from the recipe's on; a seed is of the signs of rotations and of the sequences that are taken from that text.
 
 Each finished row is kept in the output folder under a hash of all that it depends on: an interrupted comparison goes
 on where it was, and a longer list of recipes computes only what is new. Rows that failed are tried again. `workers`:
@@ -40,11 +41,12 @@ from phasequant.recipe import Recipe
 from phasequant.report import write_comparison
 from phasequant.report.comparison_verdicts import judged, parse_baseline
 from phasequant.source import check_finite
+from phasequant.weight import needs_tokens
 
 __all__ = ["POLICY_ORDER", "compare", "is_comparison"]
 
 POLICY_ORDER = ("uniform", "paper", "budget")
-EXACT = ("none", "smooth", "os-plus", "load")  # transforms that draw nothing at random
+EXACT = ("none", "load")  # transforms that neither draw at random nor read calibration text
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,31 @@ class Asked:
             "tasks": zero_shot.check(self.tasks, self.tasks_dir, self.limit) if self.tasks else None,
             "versions": versions(),
             "device": source.compute.type,
-            "format": 2,
+            "format": 3,
         }
         return Comparison(source, work, Rows(self.output, stamp))
 
 
-def is_random(recipe: Recipe) -> bool:
-    """Whether another seed gives another model."""
-    return recipe.transform.method not in EXACT or recipe.finetune.on
+def is_random(recipe: Recipe, policies: Iterable[str]) -> bool:
+    """Whether another seed gives another model: other signs, or other calibration text where any is read."""
+    reads = recipe.activations
+    calibrated = reads.bits < FULL and (
+        reads.clip == "searched" or reads.scales == "static" or reads.token_policy != "none"
+        or recipe.exclude.method != "none" or bool({"threshold", "budget"} & set(policies))
+    )  # fmt: skip
+    return (
+        recipe.transform.method not in EXACT
+        or bool(recipe.learned_clips)
+        or recipe.finetune.on
+        or recipe.prefix.method in ("qfep", "prefixquant")
+        or (recipe.weights.bits < FULL and needs_tokens(recipe.weights, recipe.lowrank))
+        or calibrated
+    )
 
 
-def seeded(name: str, recipe: Recipe, seeds: int) -> Iterator[tuple[str, Recipe]]:
+def seeded(name: str, recipe: Recipe, seeds: int, policies: Iterable[str]) -> Iterator[tuple[str, Recipe]]:
     """A recipe for each seed, from its own on; once where nothing is random."""
-    for step in range(seeds if is_random(recipe) else 1):
+    for step in range(seeds if is_random(recipe, policies) else 1):
         yield name, recipe.with_(f"seed={recipe.seed + step}")
 
 
@@ -208,7 +222,7 @@ def compare(
     lists = {name: as_recipe(name, sets) for name in names}
     corpora = [texts.find(str(one), "evaluation") for one in several]
     asked = Asked(
-        model, tuple(pair for name, recipe in lists.items() for pair in seeded(name, recipe, seeds)), chosen, a8_share,
+        model, tuple(pair for name, recipe in lists.items() for pair in seeded(name, recipe, seeds, chosen)), chosen, a8_share,
         tuple(dict.fromkeys(str(one) for one in several)), chunks, seqlen,
         tuple([tasks] if isinstance(tasks, str) else tasks), None if tasks_dir is None else Path(tasks_dir).resolve(),
         limit, batch, open_folder(output), device,

@@ -102,7 +102,7 @@ class Comparison:
 
     def raw_gsr(self, recipe: Recipe) -> float:
         """Mean GSR of the model before any transform, on the recipe's calibration sequences; observed once."""
-        key = json.dumps(recipe.calibration.model_dump())
+        key = json.dumps([recipe.calibration.model_dump(), recipe.seed])
         if key not in self._raw:
             tokens, _ = pipeline.calibration_tokens(self.source, recipe)
             seen = observe.sweep(self.source.model, self.source.map, tokens, device=self.source.compute)

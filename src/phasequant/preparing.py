@@ -36,12 +36,12 @@ WORTH_SAYING = 2.0  # seconds
 
 
 def calibration_tokens(source: Source, recipe: Recipe) -> tuple[Int[Tensor, "sequences T"], dict[str, Any]]:
-    """The recipe's calibration sequences, and their origin for the manifest."""
+    """The recipe's calibration sequences, which its seed chooses, and their origin for the manifest."""
     wanted = recipe.calibration
     corpus = text.find(wanted.text, "calibration")
-    key = corpus.sha256, wanted.seqlen, wanted.sequences
+    key = corpus.sha256, wanted.seqlen, wanted.sequences, recipe.seed
     if key not in source.cuts:
-        found = text.cut(corpus, source.tokenizer, wanted.seqlen, wanted.sequences)
+        found = text.cut(corpus, source.tokenizer, wanted.seqlen, wanted.sequences, recipe.seed)
         if len(found) < wanted.sequences:
             note(f"calibration text {corpus.source} holds {len(found)} sequences of {wanted.seqlen}: all are used")
         source.cuts[key] = found
@@ -52,6 +52,7 @@ def calibration_tokens(source: Source, recipe: Recipe) -> tuple[Int[Tensor, "seq
         "tokens_sha256": text.digest(tokens),
         "sequences": len(tokens),
         "seqlen": wanted.seqlen,
+        "seed": recipe.seed,
     }
 
 
@@ -77,7 +78,7 @@ def check_fresh(source: Source) -> None:
 
 
 def cut(source: Source, recipe: Recipe, seqlen: int, most: int, use: str) -> Int[Tensor, "sequences T"]:
-    """The recipe's calibration text in other sequences; said where there are fewer."""
+    """The recipe's calibration text in other sequences, by its seed; said where there are fewer."""
     corpus = text.find(recipe.calibration.text, "calibration")
     longest = getattr(source.model.config, "max_position_embeddings", None)
     before = 0 if source.prefix is None else len(source.prefix.tokens)
@@ -85,7 +86,7 @@ def cut(source: Source, recipe: Recipe, seqlen: int, most: int, use: str) -> Int
         behind = f", {before} of them the prefix's" if before else ""
         note(f"{use}: sequences of {longest - before} tokens, not {seqlen}: the model has {longest} positions{behind}")
         seqlen = longest - before
-    tokens = text.cut(corpus, source.tokenizer, seqlen, most)
+    tokens = text.cut(corpus, source.tokenizer, seqlen, most, recipe.seed)
     if len(tokens) < most:
         note(f"{use}: calibration text {corpus.source} holds {len(tokens)} sequences of {seqlen}: all are used")
     return tokens

@@ -48,7 +48,7 @@ class Source:
     quantized: bool = False
     work: torch.device | None = None
     prefix: Prefix | None = None
-    cuts: dict[tuple[str, int, int], Tensor] = field(default_factory=dict, repr=False)
+    cuts: dict[tuple[str, int, int, int], Tensor] = field(default_factory=dict, repr=False)
     streamed: str | None = None
 
     @property

@@ -52,7 +52,11 @@ class Recipe(Part):
     finetune: FinetunePart = Field(FinetunePart(), description="polishing scales, clips, norms and branches")
     calibration: CalibrationPart = Field(CalibrationPart(), description="text that metrics and plans are measured on")
     storage: StoragePart = Field(StoragePart(), description="what is not quantized: embeddings, norms, head")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of every random choice (signs of rotations)")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0,
+        description="of every random choice: signs of rotations, order of batches, and which sequences of the "
+        "calibration text are taken (0: from its start; others: anywhere, without overlap)",
+    )
 
     @property
     def learned_clips(self) -> frozenset[str]:

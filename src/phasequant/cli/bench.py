@@ -10,8 +10,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from phasequant.cli.options import Device, Json, Model, Quiet, Sets, whole_numbers
 from phasequant.console import note, out, set_quiet
-from phasequant.errors import PhaseQuantError
 
 bench = typer.Typer(no_args_is_help=True, help="Time what runs here, with its baselines in the same run.")
 HOPPER = (
@@ -20,22 +20,8 @@ HOPPER = (
 )
 
 Shape = Annotated[str, typer.Argument(help="a shape by name (llama-3-8b, qwen3-8b …), a model's directory, or 'demo'")]
-Model = Annotated[str, typer.Argument(help="directory, Hub id, GGUF file, checkpoint, or 'demo'")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key, as a.b=c")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="write the JSON to a file")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notes")]
 Blocks = Annotated[int | None, typer.Option("--blocks", help="so many blocks instead of the shape's own")]
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Numbers with commas between."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in parts if not part.isdecimal()]
-    if wrong:
-        raise PhaseQuantError(f"'{wrong[0]}' is not a whole number: give them with commas between, as in 4,8,16")
-    return [int(part) for part in parts]
 
 
 def _end(result: dict[str, Any], as_json: bool, output: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Tables of `eval` and `compare`, as a person reads them in a terminal."""
+"""Tables of `demo`, `eval` and `compare`, as a person reads them in a terminal."""
 
 from typing import Any
 
@@ -21,6 +21,26 @@ def between(found: dict[str, Any] | None, kind: str, factor: float = 1.0) -> str
     if found is None or found.get("low") is None or found.get("high") is None:
         return "–"
     return f"{number(factor * found['low'], kind)} … {number(factor * found['high'], kind)}"
+
+
+def figures_table(rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> Table:
+    """Rows of figures as a person reads them."""
+    title = f"{evaluation['chunks']} chunks of {evaluation['seqlen']} tokens, {evaluation['text']}"
+    shown = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("", no_wrap=True)
+    for column in ("ppl", "KL nats", "A8 %", "weights MiB", "KV B/token"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(
+            escape(row["name"]),
+            f"{row['ppl']:.3f}" if row["ppl"] is not None else "–",
+            f"{row['kl']:.4f}" if row["kl"] is not None else "–",
+            f"{100 * row['a8_share']:.1f}"
+            + (f" + {100 * single:.1f} of rows" if (single := row.get("row_share")) else ""),
+            f"{row['weight_bytes'] / 2**20:.1f}",
+            f"{row['kv_bytes_per_token']:,}",
+        )
+    return shown
 
 
 def tasks_table(tasks: dict[str, Any], result: dict[str, Any]) -> Table:

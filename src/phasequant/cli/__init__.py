@@ -1,0 +1,3 @@
+from phasequant.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,3 @@
+from phasequant.cli.app import main
+
+main()
