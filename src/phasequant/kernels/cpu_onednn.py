@@ -103,7 +103,7 @@ class OneDnn:
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], spec.out_features)
         codes, scale = self._rounded(x, weights.tensors, spec)
-        if spec.rank:  # its sums depend on how many rows are taken at once: as the reference takes them
+        if spec.rank:
             y = _product(codes, weights, offset(spec.input)).mul_(scale).reshape(*x.shape[:-1], -1)
             return add_rest(y, x.detach().to(torch.float32), weights.tensors, spec).to(x.dtype)
         return self.product(codes, scale, weights, spec).to(x.dtype).reshape(*x.shape[:-1], -1)

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.kernels.contract import LinearSpec, LinearTensors
-from phasequant.numerics import QuantSpec, dequantize, fake_quantize, grid, round_to_codes, static_grid, unpack
+from phasequant.numerics import QuantSpec, dequantize, fake_quantize, grid, round_to_codes, static_grid, summing_type, unpack
 
 EXACT_FP32 = 2**24
 
@@ -68,7 +68,8 @@ def add_rest(y: Tensor, x: Tensor, weights: LinearTensors, spec: LinearSpec) -> 
     if spec.rank:
         assert weights.down is not None and weights.up is not None
         read = round_input(x, weights, spec) if spec.branch_rounded else x
-        y = y + (read @ weights.down.to(y).T) @ weights.up.to(y).T
+        wide = summing_type(read)
+        y = y + ((read.to(wide) @ weights.down.to(wide).T) @ weights.up.to(wide).T).to(y)
     return y if weights.bias is None else y + weights.bias.to(y)
 
 

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phasequant.numerics import LinearMap, apply_map, layout_shapes
+from phasequant.numerics import LinearMap, apply_map, layout_shapes, summing_type
 
 
 class OnlineMap(nn.Module):
-    """x → x·T, computed in at least fp32."""
+    """x → x·T, computed in at least fp32; on CPUs in fp64 (`numerics.product` says why)."""
 
     left: Tensor
     right: Tensor | None
@@ -56,7 +56,7 @@ class OnlineMap(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
         """The mapped input, in the precision of `x`."""
-        wide = torch.promote_types(x.dtype, self.left.dtype)
+        wide = torch.promote_types(summing_type(x), self.left.dtype)
         return apply_map(x.to(wide), self.left, self.right, tail=self.tail, diagonal=self.diagonal).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OnlineMap":

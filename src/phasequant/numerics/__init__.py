@@ -16,7 +16,7 @@ from phasequant.numerics.integer import (
 from phasequant.numerics.linear_map import LinearMap, apply_map, layout_shapes
 from phasequant.numerics.packing import pack, packed_width, unpack
 from phasequant.numerics.procrustes import polar, procrustes_step
-from phasequant.numerics.product import learning_product, multiplies_bfloat16
+from phasequant.numerics.product import learning_product, multiplies_bfloat16, summing_type
 from phasequant.numerics.rows import measure_rows, row_measure, wide_rows
 from phasequant.numerics.spec import QuantSpec
 from phasequant.numerics.straight_through import straight_through
@@ -49,6 +49,7 @@ __all__ = [
     "static_grid",
     "store_scales",
     "straight_through",
+    "summing_type",
     "unpack",
     "weight_scale",
     "wide_rows",

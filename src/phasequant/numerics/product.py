@@ -1,4 +1,11 @@
-"""Products for learning: bfloat16 operands, fp32 sums, where the device has units for it (CUDA from compute capability
+"""The precision of small products.
+
+Served products (`summing_type`): fp64 on CPUs, where libraries sum a row in another order when other rows stand beside
+it; rounded to fp32 afterwards, a row's result is its own, in a prompt, a step, or a batch of strangers. One code that
+flips moves a 4-bit model's logits by whole units, so that nothing less gives the same tokens. fp32 on GPUs, where the
+fused kernels take a row at a time.
+
+Products for learning: bfloat16 operands, fp32 sums, where the device has units for it (CUDA from compute capability
 8.0, CPUs with AMX); fp32 elsewhere.
 
 Codes of up to 8 bits are exact in bfloat16; what they are multiplied with is rounded to 8 bits of mantissa, and so is
@@ -12,6 +19,11 @@ from functools import cache
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+
+
+def summing_type(x: Tensor) -> torch.dtype:
+    """What an online map or a low-rank branch of `x` is computed in; see above."""
+    return torch.float64 if x.device.type == "cpu" else torch.promote_types(x.dtype, torch.float32)
 
 
 @cache
