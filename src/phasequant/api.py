@@ -40,8 +40,9 @@ from phasequant.plan import POLICIES, PrecisionPlan, Seen, make_plan, thresholds
 from phasequant.plan.prices import NOISE
 from phasequant.predict import Prediction
 from phasequant.predict import predict as predict_run
+from phasequant.ranks import leads, wait
 from phasequant.recipe import Recipe
-from phasequant.report import is_report, write_page
+from phasequant.report import is_report, what_runs, write_page
 from phasequant.source import Source, open_model, open_streamed, wrap
 from phasequant.streaming import Work, should_stream
 from phasequant.streaming.opening import NotStreamable
@@ -114,7 +115,9 @@ def quantize(
             work.tell()
             source = _to_quantize(model, wanted, device, tokenizer, stream)
             result = pipeline.run(source, wanted, as_plan(plan, source.map), work.folder)
-            result.save(output)
+            if leads():
+                result.save(output)
+            wait()
     if source.streamed is None:
         result.model.to(source.compute)
     return result
@@ -248,12 +251,14 @@ def analyze(
         **describe(source, wanted, made.transform, made.observations, made.calibration, made.cost),
         "plan": plan.to_dict(),
         "plans": {name: p.to_dict() for name, p in plans.items()},
+        "sensitivity": seen.sensitivity and seen.sensitivity.to_dict(),
+        "runs": what_runs(source.map, plan, source.compute, source.model.dtype),
         "results": [],
         "evaluation": None,
         "seconds": round(time.monotonic() - start, 1),
     }
     analysis = Analysis(report, plan, plans, made.observations)
-    if output is not None:
+    if output is not None and leads():
         analysis.save(output)
     return analysis
 
@@ -268,6 +273,7 @@ def figures(model: PreTrainedModel, model_map: ModelMap, found: Score | None, a8
     """One candidate's row: accuracy (None where no text was read) and size."""
     return {
         "ppl": found and found.ppl,
+        "interval": perplexity_interval(found.nll_by_chunk).to_dict() if found and math.isfinite(found.ppl) else None,
         "kl": found and found.kl,
         "a8_share": a8_share,
         "row_share": found and found.rows,

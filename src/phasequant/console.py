@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from phasequant.ranks import leads
+
 PLAIN_EVERY_S = 5.0
 
 WIDE = 150  # columns of a table that goes to a file or a pipe
@@ -29,9 +31,9 @@ _quiet = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Silence notes and progress (warnings stay)."""
+    """Silence notes and progress (warnings stay); of several ranks the first alone speaks."""
     global _quiet
-    _quiet = quiet
+    _quiet = quiet or not leads()
 
 
 def note(text: str) -> None:
@@ -40,9 +42,11 @@ def note(text: str) -> None:
         stderr.print(text, markup=False, soft_wrap=True)
 
 
-def warn(text: str) -> None:
-    """Something that is not as asked, but is not an error."""
-    stderr.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
+def warn(text: str, *, own: bool = False) -> None:
+    """Something that is not as asked, but is not an error. Of several ranks the first says it, unless it is the rank's
+    `own` affair."""
+    if leads() or own:
+        stderr.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
 
 
 class Ticker(Protocol):

@@ -55,6 +55,7 @@ from phasequant.preparing import (
     observe_raw,
     storage_dtype,
 )
+from phasequant.ranks import agreed
 from phasequant.recipe import Recipe
 from phasequant.source import Source
 from phasequant.surroundings import measured
@@ -368,6 +369,7 @@ def run(source: Source, recipe: Recipe, plan: PrecisionPlan | None = None, work:
         given = observe_and_transform(source, recipe, raw=False, transformed=False, noise=False, plan=plan)
         return finish(given, plan, work)
     transformed, made = plan_and_transform(source, recipe)
+    made = agreed(made)
     note(f"plan: {made.policy}, {len(made.raised)} groups raised, A8 share {100 * made.a8_share:.1f} %")
     return finish(transformed, made, work)
 

@@ -27,6 +27,7 @@ from phasequant.plan import (
     sensitivity,
 )
 from phasequant.preparing import Transformed, calibration_tokens
+from phasequant.ranks import agreed
 from phasequant.recipe import Recipe
 from phasequant.sensitivity import (
     MEASURES,
@@ -64,7 +65,7 @@ def _timings(transformed: Transformed, recipe: Recipe) -> Mapping[str, Mapping[i
     grids = (low.dynamic, *(spec and spec.dynamic for spec in choices(recipe, low)))
     source = transformed.source
     found: dict[str, dict[int, float]] = {}
-    for one in time_linears(source.map, recipe.weights.spec(), grids, source.compute):
+    for one in agreed(time_linears(source.map, recipe.weights.spec(), grids, source.compute)):
         found.setdefault(one.group, {})[one.bits] = one.microseconds
         note(f"price: {one.group} at {one.bits} bits takes {one.microseconds:.0f} µs ({one.kernel}, {one.tokens} rows)")
     return found

@@ -27,6 +27,7 @@ from phasequant.plan import (
     PrecisionPlan,
     make_plan,
 )
+from phasequant.ranks import agreed
 from phasequant.recipe import Recipe
 from phasequant.source import Source
 from phasequant.surroundings import Cost, measured
@@ -123,6 +124,7 @@ def learn(
         chosen = (method.rough if rough and method.rough else method.learn)(task)
         if clips and not method.learns_clips and not all(block.inputs or block.weight_clips for block in chosen.blocks):
             chosen = transform.learn_clips(task, chosen)
+        chosen = agreed(chosen)
     return chosen, _costs(chosen, cost, source.map.shape.blocks)
 
 
@@ -214,7 +216,8 @@ def give_prefix(source: Source, recipe: Recipe) -> None:
     if part.method == "none" or source.prefix is not None:
         return
     tokens = calibration_tokens(source, recipe)[0] if part.method in ("qfep", "prefixquant") else None
-    source.prefix = isolate.find_prefix(source.model, source.map, source.tokenizer, part, tokens, source.compute)
+    found = isolate.find_prefix(source.model, source.map, source.tokenizer, part, tokens, source.compute)
+    source.prefix = agreed(found)
     shown = " ".join(repr(text) for text in source.prefix.texts)
     note(f"prefix ({part.method}): {len(source.prefix.tokens)} tokens, {shown}")
     renew_prefix(source, recipe)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from phasequant.arch import ModelMap
 from phasequant.console import progress
+from phasequant.ranks import Dealt
 
 
 class _Catcher(nn.Module):
@@ -119,8 +120,9 @@ class Step:
             pass
 
     def probe(self, most: int | None = None) -> Iterator[tuple[Float[Tensor, "T D"], Float[Tensor, "T D"]]]:
-        """(x, y) for the first `most` sequences (all, if None), without consequence for the next block."""
-        for hidden in self._stream.hidden[:most]:
+        """(x, y) for the first `most` sequences (all, if None), of several ranks for this one's of them, without
+        consequence for the next block."""
+        for hidden in self._stream.hidden[: None if most is None else self._stream.dealt.below(most)]:
             x = hidden.to(self._stream.device)
             with torch.no_grad():
                 y = self.block(x[None], **self._stream.arguments[self.index])
@@ -136,7 +138,13 @@ class BlockStream:
         model_map: ModelMap,
         tokens: Int[Tensor, "sequences T"],
         device: torch.device | None = None,
+        *,
+        spread: bool = False,
     ) -> None:
+        """`spread`: the sequences are dealt to the ranks of a run of several processes (`ranks`); `dealt` says which
+        are this rank's, and brings together what is found of them."""
+        self.dealt = Dealt.of(len(tokens), spread)
+        tokens = tokens[self.dealt.mine]
         self.model = model
         self.map = model_map
         self.device = device or home_of(model)

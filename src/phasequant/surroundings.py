@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from phasequant.errors import PhaseQuantError
+from phasequant.ranks import world
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RESET_PEAK = "5"  # of the resident set, see proc(5)
@@ -74,9 +75,11 @@ def hushed_transformers() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else the CPU."""
+    """`auto` is the first CUDA device, else the CPU; of a run of several processes each has its own (`cuda` too)."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world().size > 1:
+        name = f"cuda:{world().local}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from phasequant.demo_model import cache_folder
 from phasequant.fingerprint import Fingerprint, of_code
 from phasequant.nn import KVQuantizer, OnlineMap, QuantLinear
+from phasequant.ranks import world
 
 FOLDER = "answers"
 
@@ -44,11 +45,12 @@ def name_of(model: PreTrainedModel, versions: Mapping[str, str]) -> str:
 
 
 class Answers:
-    """What one model answered: request → answer, in memory and on disk. `folder` None: in memory alone."""
+    """What one model answered: request → answer, in memory and on disk, a file for each rank."""
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
         folder = cache_folder() / FOLDER if folder is None else folder
-        self.path = folder / f"{name}.jsonl"
+        rank = world().rank
+        self.path = folder / (f"{name}-{rank}.jsonl" if rank else f"{name}.jsonl")
         self._known: dict[str, Any] = {}
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():

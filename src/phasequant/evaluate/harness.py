@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phasequant.console import progress
 from phasequant.evaluate.answers import Answers
+from phasequant.ranks import Dealt, everyones, world
 
 BATCHES = 4  # between two writes of answers
 LONGEST = 2048  # tokens, where a config does not say
@@ -50,8 +51,12 @@ class KeptLM(HFLM):
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         keys = [Answers.key("loglikelihood", before, after) for _, before, after in requests]
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.answers}
-        order = sorted(missing, key=lambda key: (-len(missing[key][1]) - len(missing[key][2]), missing[key][1:]))
+        asked_for = dict(zip(keys, requests, strict=True))
+        order = sorted(
+            asked_for, key=lambda key: (-len(asked_for[key][1]) - len(asked_for[key][2]), asked_for[key][1:])
+        )
+        missing = self._mine(order, asked_for)
+        order = list(missing)
         step = BATCHES * (override_bs or self.batch_size)
         told = progress(self.title, len(order)) if override_bs is None else progress("", 0)
         with told as tick:
@@ -63,6 +68,7 @@ class KeptLM(HFLM):
                 self.asked += len(part)
                 if override_bs is None:
                     tick(len(part))
+        self._together(keys)
         return [(self.answers[key][0], self.answers[key][1]) for key in keys]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -73,8 +79,9 @@ class KeptLM(HFLM):
             same = Answers.key("generate_until", *request.args)
             keys.append(f"{same}-{times[same]}")
             times[same] += 1
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.answers}
-        order = sorted(missing, key=lambda key: -len(missing[key].args[0]))
+        asked_for = dict(zip(keys, requests, strict=True))
+        missing = self._mine(sorted(asked_for, key=lambda key: -len(asked_for[key].args[0])), asked_for)
+        order = list(missing)
         step = BATCHES * self.batch_size
         with progress(self.title, len(order)) as tick:
             for start in range(0, len(order), step):
@@ -83,4 +90,17 @@ class KeptLM(HFLM):
                 self.answers.keep(zip(part, found, strict=True))
                 self.asked += len(part)
                 tick(len(part))
+        self._together(keys)
         return [self.answers[key] for key in keys]
+
+    def _mine(self, order: list[str], requests: dict[str, Any]) -> dict[str, Any]:
+        """This rank's requests that no earlier run has answered, in `order`."""
+        dealt = [order[index] for index in Dealt.of(len(order)).mine]
+        return {key: requests[key] for key in dealt if key not in self.answers}
+
+    def _together(self, keys: list[str]) -> None:
+        """Take in what other ranks were answered."""
+        if world().size > 1:
+            known = {key: self.answers[key] for key in set(keys) if key in self.answers}
+            found = {key: value for theirs in everyones(known) for key, value in theirs.items()}
+            self.answers.keep((key, value) for key, value in found.items() if key not in known)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from phasequant.console import progress
 from phasequant.errors import PhaseQuantError
 from phasequant.nn import row_share
+from phasequant.ranks import Dealt
 
 ROWS = 256  # of logits turned into probabilities at once
 
@@ -92,8 +93,9 @@ def score(
     rows: dict[str, list[float]] = {name: [] for name in candidates}
     original_nlls: list[float] = []
     runs = len(candidates) + (original is not None)
-    with progress("evaluate", len(chunks) * runs) as tick:
-        for chunk in chunks:
+    dealt = Dealt.of(len(chunks))
+    with progress("evaluate", len(dealt.mine) * runs) as tick:
+        for chunk in chunks[dealt.mine]:
             reference = None
             if original is not None:
                 reference = _logits(original, chunk)
@@ -113,6 +115,12 @@ def score(
                 if reference is not None:
                     kls[name].append(kl_divergence(reference, logits))
                 tick()
-    return {name: _score(nlls[name], kls[name], rows[name]) for name in candidates}, (
-        _score(original_nlls, [], []) if original_nlls else None
-    )
+    full = _score(dealt.ordered(original_nlls), [], []) if original is not None else None
+    return {
+        name: _score(
+            dealt.ordered(nlls[name]),
+            dealt.ordered(kls[name]) if original is not None else [],
+            dealt.ordered(rows[name]) if rows[name] else [],
+        )
+        for name in candidates
+    }, full

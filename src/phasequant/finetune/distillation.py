@@ -28,6 +28,8 @@ from phasequant.finetune.contract import Polished, PolishTask, held_out, optimiz
 from phasequant.finetune.polished import PolishedBlock, PolishedNorm
 from phasequant.nn import Recomputed, capped_logits, in_16_bits, kv_in_16_bits, replace_module
 from phasequant.numerics import learning_product, multiplies_bfloat16
+from phasequant.ranks import agreed, world
+from phasequant.ranks import total as ranks_total
 from phasequant.stream import BlockStream, resident
 
 ROWS = 512  # of logits at once
@@ -128,7 +130,7 @@ def distill(task: PolishTask, teacher: list[Float[Tensor, "T D"]]) -> Polished:
     try:
         steps = _learn(task, student, teacher[:train])
         after = _mean_divergence(task, *judges)
-        keep = before is None or after is None or after < before
+        keep = agreed(before is None or after is None or after < before)
     finally:
         polished = student.settle(keep)
         for parameter, grad in frozen.items():
@@ -167,7 +169,7 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
     with progress("finetune (distillation)", part.steps) as tick:
         order: list[int] = []
         for step in range(part.steps):
-            gone = 0.0 if limit is None else (time.monotonic() - begun) / limit
+            gone = 0.0 if limit is None else agreed((time.monotonic() - begun) / limit)
             if gone >= 1:
                 note(f"finetune: {part.minutes:g} minutes are over after {step} of {part.steps} steps")
                 break
@@ -175,12 +177,15 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
             set_rates(adam, done)
             adam.zero_grad()
             total = 0.0
-            for _ in range(part.batch):
+            for turn in range(part.batch):
                 order = order or torch.randperm(len(teacher), generator=generator).tolist()
                 index = order.pop()
+                if turn % world().size != world().rank:  # another rank's
+                    continue
                 loss = divergence(task, task.tokens[index], teacher[index], exact=plain_head) / part.batch
                 loss.backward()
                 total += float(loss.detach())
+            total = _together(params, total)
             if not math.isfinite(total):
                 raise PhaseQuantError(f"finetune: the loss of step {step} is {total}: lower finetune.lr ({part.lr})")
             torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -188,6 +193,17 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
             steps += 1
             tick()
     return steps
+
+
+def _together(params: list[nn.Parameter], loss: float) -> float:
+    """The loss of all ranks, their gradients added up."""
+    if world().size == 1:
+        return loss
+    for parameter in params:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        ranks_total(parameter.grad)
+    return ranks_total(loss)
 
 
 __all__ = ["distill", "teach"]

@@ -23,6 +23,7 @@ from phasequant.console import note
 from phasequant.finetune.contract import Polished, PolishTask, held_out, optimizer, set_rates
 from phasequant.finetune.polished import PolishedBlock
 from phasequant.nn import in_16_bits, kv_in_16_bits
+from phasequant.ranks import agreed, agreed_tensor
 from phasequant.stream import BlockStream
 
 Aims = list[list[Float[Tensor, "T D"]]]
@@ -58,7 +59,9 @@ def reconstruct(task: PolishTask, targets: Aims) -> Polished:
         try:
             lesson.learn(block)
             after = lesson.judged(block)
-            keep = after < before
+            for _, parameter in block.learned():
+                agreed_tensor(parameter.data)
+            keep = agreed(after < before)
             errors.append((before, after if keep else before))
         finally:
             polished.add(step.index, block.settle(task.stored, keep))

@@ -22,7 +22,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from phasequant.kernels.contract import LinearSpec, LinearTensors
-from phasequant.numerics import QuantSpec, dequantize, fake_quantize, grid, round_to_codes, static_grid, summing_type, unpack
+from phasequant.numerics import (
+    QuantSpec,
+    dequantize,
+    fake_quantize,
+    grid,
+    round_to_codes,
+    static_grid,
+    summing_type,
+    unpack,
+)
 
 EXACT_FP32 = 2**24
 

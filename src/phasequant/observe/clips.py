@@ -47,7 +47,7 @@ def search_clips(
     """The best clip of every group that `grids` gives a dynamic grid; the model is transformed, its weights dense."""
     found: dict[Place, float] = {}
     with in_16_bits(model):
-        stream = BlockStream(model, model_map, tokens, device)
+        stream = BlockStream(model, model_map, tokens, device, spread=True)
         for step in stream.steps("clips of activations"):
             errors: dict[str, dict[float, float]] = {}
             keepers: dict[str, See] = {}
@@ -58,5 +58,6 @@ def search_clips(
                     keepers[group.name] = _keeper(step.block, group, spec, errors[group.name])
             with at_entrances(step.block, model_map, keepers):
                 step.drain()
+            errors = {name: {r: stream.dealt.total(e) for r, e in by.items()} for name, by in errors.items()}
             found |= {(step.index, name): min(by, key=lambda r: by[r]) for name, by in errors.items()}
     return found

@@ -24,6 +24,7 @@ from phasequant.arch import ModelMap
 from phasequant.nn import Activations, QuantLinear, in_16_bits
 from phasequant.numerics import QuantSpec
 from phasequant.observe.entrances import at_entrances
+from phasequant.ranks import Dealt, everyones
 from phasequant.stream import BlockStream
 
 OCTAVES, BINS = 48, 32  # 2^-24 … 2^24; bins an octave
@@ -52,6 +53,15 @@ class Reached:
             found = torch.bincount(places.flatten(), minlength=rows.shape[1] * OCTAVES * BINS)
             found = found.reshape(rows.shape[1], -1)
             self.counts = found if self.counts is None else self.counts + found
+
+    def together(self, dealt: Dealt) -> None:
+        """Take in what other ranks have seen."""
+        if dealt.step > 1:
+            assert self.low is not None and self.high is not None
+            self.low = torch.stack([low.to(self.low) for low in everyones(self.low)]).amin(0)
+            self.high = torch.stack([high.to(self.high) for high in everyones(self.high)]).amax(0)
+            if self.counts is not None:
+                dealt.total(self.counts)
 
     def range(self, most: Float[Tensor, " m"] | None = None) -> Float[Tensor, "2 m"]:
         """(lowest, highest), no further from zero than `most`."""
@@ -104,7 +114,7 @@ def calibrate_ranges(
 ) -> None:
     """Give every linear of a transformed model the range of its static grid in `activations`, in place."""
     with in_16_bits(model):
-        stream = BlockStream(model, model_map, tokens, device)
+        stream = BlockStream(model, model_map, tokens, device, spread=True)
         for step in stream.steps(f"ranges ({method})"):
             reached: dict[str, Reached] = {}
             for group in model_map.groups:
@@ -116,6 +126,7 @@ def calibrate_ranges(
                 step.drain()
             for group in model_map.groups:
                 if group.name in reached:
+                    reached[group.name].together(stream.dealt)
                     spec = activations[step.index, group.name]
                     assert spec is not None
                     found = chosen_range(reached[group.name], spec, method, percent)

@@ -33,7 +33,7 @@ def row_thresholds(
     """τ of every group that `grids` gives a grid; the model is transformed, its weights dense."""
     thresholds: dict[Place, float] = {}
     with in_16_bits(model):
-        stream = BlockStream(model, model_map, tokens, device)
+        stream = BlockStream(model, model_map, tokens, device, spread=True)
         for step in stream.steps(f"rows ({rule})"):
             specs = {group.name: grids.get((step.index, group.name)) for group in model_map.groups}
             found: dict[str, list[Tensor]] = {name: [] for name, spec in specs.items() if spec is not None}
@@ -48,7 +48,7 @@ def row_thresholds(
             ):
                 step.drain()
             for name, rows in found.items():
-                sorted_rows = torch.cat(rows).sort().values
+                sorted_rows = torch.cat(stream.dealt.ordered(rows)).sort().values
                 at = min(len(sorted_rows) - 1, int(len(sorted_rows) * (1 - share)))
                 thresholds[step.index, name] = float(sorted_rows[at])
     return thresholds

@@ -42,7 +42,7 @@ def token_spikes(
 ) -> Spikes:
     """Token-wise absmax of every group's input, in one sweep."""
     found: dict[tuple[int, str], Tensor] = {}
-    stream = BlockStream(model, model_map, tokens, device)
+    stream = BlockStream(model, model_map, tokens, device, spread=True)
     for step in stream.steps("spikes"):
         seen: dict[str, list[Tensor]] = {group.name: [] for group in model_map.groups}
 
@@ -58,5 +58,5 @@ def token_spikes(
         step.drain()
         for hook in hooks:
             hook.remove()
-        found |= {(step.index, name): torch.stack(rows) for name, rows in seen.items()}
+        found |= {(step.index, name): torch.stack(stream.dealt.ordered(rows)) for name, rows in seen.items()}
     return found

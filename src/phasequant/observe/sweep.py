@@ -8,10 +8,10 @@ what runs online. Costs one forward of the calibration sequences (default 20 × 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from phasequant.observe.noise import relative_noise
 from phasequant.observe.observations import Curve, GroupStats, Observations, SpikeMap, SpikeRow, TokenMap
 from phasequant.observe.residual import historical_snr, jump_ratio
 from phasequant.observe.spikes import spike_ratio, token_absmax
+from phasequant.ranks import Dealt, everyones
 from phasequant.stream import BlockStream, Step
 
 BITS = (4, 8)
@@ -68,10 +69,15 @@ class _Inputs:
 
         return keep
 
-    def close(self) -> None:
-        """Take the hooks off."""
+    def close(self, dealt: Dealt) -> None:
+        """Take the hooks off; take in what other ranks have seen."""
         for hook in self._hooks:
             hook.remove()
+        if dealt.step > 1:
+            self.gsr = {group: dealt.ordered(rows) for group, rows in self.gsr.items()}
+            self.absmax = {group: dealt.ordered(rows) for group, rows in self.absmax.items()}
+            seen = everyones(self.peak)
+            self.peak = {group: max((one[group] for one in seen), key=lambda peak: peak[0]) for group in self.peak}
 
 
 def _weight(linear: nn.Module) -> Tensor:
@@ -112,13 +118,16 @@ def reading(block: nn.Module, linears: tuple[str, ...], spec: QuantSpec | None) 
             module.input_spec = kept
 
 
-def _measure_noise(step: Step, model_map: ModelMap, grids: dict[str, QuantSpec], stats: list[GroupStats]) -> None:
+def _measure_noise(
+    step: Step, model_map: ModelMap, grids: dict[str, QuantSpec], stats: list[GroupStats], dealt: Dealt
+) -> None:
     clean = [y for _, y in step.probe(NOISE_SEQUENCES)]
     for group, entry in zip(model_map.groups, stats, strict=True):
         for name, spec in grids.items():
             with reading(step.block, group.linears, spec.dynamic):
                 noisy = [y for _, y in step.probe(NOISE_SEQUENCES)]
-            values = [relative_noise(a, b) for a, b in zip(noisy, clean, strict=True)]
+            own = [relative_noise(a, b) for a, b in zip(noisy, clean, strict=True)]
+            values = dealt.ordered(own, NOISE_SEQUENCES)
             entry.noise[name] = float(torch.cat(values).median())
 
 
@@ -128,8 +137,8 @@ class _TokenMaps:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
 
-    def add(self, hidden: list[Tensor]) -> None:
-        self.rows.append(torch.stack([token_absmax(h) for h in hidden[:MAP_SEQUENCES]]).cpu())
+    def add(self, absmax: list[Tensor]) -> None:
+        self.rows.append(torch.stack(absmax[:MAP_SEQUENCES]).cpu())
 
     def result(self, tokens: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> TokenMap:
         stacked = torch.stack(self.rows)  # (depth, sequences, T)
@@ -170,6 +179,28 @@ class _SpikeMaps:
         )
 
 
+class _State(NamedTuple):
+    """One sequence's hidden state at one depth: norm and absmax by token, the largest value and its channel."""
+
+    norm: Tensor
+    absmax: Tensor
+    peak: tuple[float, int]
+    outliers: list[Outlier]
+
+
+def _state(
+    h: Float[Tensor, "T D"], block: int, sequence: int, ids: Tensor, tokenizer: PreTrainedTokenizerBase | None
+) -> _State:
+    peak = int(h.abs().argmax())
+    median = float(h.abs().median())
+    outliers = []
+    for position, channel in outstanding(h, LARGE).nonzero().tolist():
+        value = float(h[position, channel])
+        text, times = token_text(int(ids[position]), tokenizer), round(abs(value) / median, 1)
+        outliers.append(Outlier(block, sequence, position, text, channel, value, times))
+    return _State(h.norm(dim=-1), token_absmax(h), (float(h.flatten()[peak].abs()), peak % h.shape[-1]), outliers)
+
+
 def token_text(token: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """A token as a person reads it."""
     return str(token) if tokenizer is None else tokenizer.decode([token])
@@ -188,7 +219,8 @@ def sweep(
 ) -> Observations:
     """Observe a model on `tokens`. `noise`: grids (by name) whose effect is measured group by group; transformed models
     only."""
-    stream = BlockStream(model, model_map, tokens, device)
+    stream = BlockStream(model, model_map, tokens, device, spread=True)
+    dealt = stream.dealt
     found = Observations(coordinates, model_map.shape.blocks, tokens.shape[0], tokens.shape[1])
     found.snr = {str(bits): Curve() for bits in BITS}
     maps, spikes = _TokenMaps(), _SpikeMaps()
@@ -196,19 +228,16 @@ def sweep(
 
     def depth(hidden: list[Tensor], block: int) -> None:
         """Notes on the stream after `block` (-1: the embedding)."""
-        stacked = torch.stack(hidden).to(torch.float32)
-        _mean(found.residual.norm, stacked.norm(dim=-1))
-        peak = int(stacked.abs().argmax())
-        found.residual.absmax.append(float(stacked.flatten()[peak].abs()))
-        found.residual.absmax_channel.append(peak % stacked.shape[-1])
-        maps.add(hidden)
-        for sequence, h in enumerate(stacked):
-            median = float(h.abs().median())
-            for position, channel in outstanding(h, LARGE).nonzero().tolist():
-                text = token_text(int(tokens[sequence, position]), tokenizer)
-                value = float(h[position, channel])
-                times = round(abs(value) / median, 1)
-                outliers.append(Outlier(block, sequence, position, text, channel, value, times))
+        own = [
+            _state(h.to(torch.float32), block, i, tokens[i], tokenizer) for i, h in zip(dealt.mine, hidden, strict=True)
+        ]
+        states = dealt.ordered(own)
+        _mean(found.residual.norm, torch.stack([state.norm for state in states]))
+        peak, channel = max((state.peak for state in states), key=lambda one: one[0])
+        found.residual.absmax.append(peak)
+        found.residual.absmax_channel.append(channel)
+        maps.add([state.absmax for state in states])
+        outliers.extend(one for state in states for one in state.outliers)
 
     depth(stream.hidden, -1)
     for step in stream.steps(f"observe ({coordinates})"):
@@ -221,15 +250,15 @@ def sweep(
             for bits in BITS:
                 noise_ratios[bits].append(historical_snr(x, update, bits))
             largest = max(largest, float(update.abs().max()))
-        inputs.close()
+        inputs.close(dealt)
         spikes.add(step.index, inputs)
-        _mean(found.jump_ratio, torch.stack(ratios))
+        _mean(found.jump_ratio, torch.stack(dealt.ordered(ratios)))
         for bits in BITS:
-            _mean(found.snr[str(bits)], torch.stack(noise_ratios[bits]))
-        found.residual.update_absmax.append(largest)
+            _mean(found.snr[str(bits)], torch.stack(dealt.ordered(noise_ratios[bits])))
+        found.residual.update_absmax.append(max(everyones(largest)))
         stats = _group_stats(step, model_map, inputs)
         if noise:
-            _measure_noise(step, model_map, noise, stats)
+            _measure_noise(step, model_map, noise, stats, dealt)
         found.groups += stats
         assert step.outputs is not None
         depth(step.outputs, step.index)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from phasequant.arch import Place
 from phasequant.nn import QuantLinear, in_16_bits
 from phasequant.numerics import QuantSpec, fake_quantize
+from phasequant.ranks import Dealt
 from phasequant.sensitivity.contract import Ask, Sensitivity, bits_of
 from phasequant.stream import resident
 
@@ -60,7 +61,8 @@ def fisher(ask: Ask) -> Sensitivity:
     grids = {place: [own for s in specs if (own := ask.at(place, s))] for place in ask.places}
     harm: dict[Place, dict[int, float]] = {p: dict.fromkeys((s.bits for s in specs), 0.0) for p in ask.places}
     with in_16_bits(ask.run.model), resident(ask.run.model, ask.run.device):
-        for row in ask.run.tokens:
+        dealt = Dealt.of(len(ask.run.tokens))
+        for row in ask.run.tokens[dealt.mine]:
             sums: dict[str, dict[int, list[Tensor]]] = {}
 
             def watch(into: dict[str, dict[int, list[Tensor]]] = sums) -> list[Any]:
@@ -82,7 +84,7 @@ def fisher(ask: Ask) -> Sensitivity:
                         if found:
                             harm[place][bits] += float(torch.stack(found).sum(0).square().sum()) / 2
     tokens = ask.run.tokens.numel()
-    scaled = {place: {bits: value / tokens for bits, value in by.items()} for place, by in harm.items()}
+    scaled = {place: {bits: dealt.total(value) / tokens for bits, value in by.items()} for place, by in harm.items()}
     for choice in ask.choices:
         for by in scaled.values():
             by.setdefault(bits_of(choice), 0.0)

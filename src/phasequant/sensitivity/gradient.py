@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from phasequant.arch import Place
 from phasequant.nn import SLOT, QuantLinear, in_16_bits, switch_attention
 from phasequant.numerics import LinearMap, QuantSpec, dequantize, fake_quantize, quantize
+from phasequant.ranks import Dealt
 from phasequant.sensitivity.contract import KV, WEIGHTS, Ask, Sensitivity, bits_of
 from phasequant.stream import resident
 from phasequant.transform.learned import Grid, LearnedKV, LearnedMap
@@ -159,10 +160,12 @@ def gradient(ask: Ask) -> Sensitivity:
         return hooks
 
     with in_16_bits(ask.run.model), resident(ask.run.model, ask.run.device):
-        for row in ask.run.tokens:
+        dealt = Dealt.of(len(ask.run.tokens))
+        for row in ask.run.tokens[dealt.mine]:
             total += _run(ask, row, sums, hooked)
     tokens = ask.run.tokens.numel()
-    harm = {place: {bits: value / tokens for bits, value in by.items()} for place, by in sums.items()}
+    harm = {place: {bits: dealt.total(value) / tokens for bits, value in by.items()} for place, by in sums.items()}
+    total = dealt.total(total)
     for choice in ask.choices:
         for place in ask.places:
             harm[place].setdefault(bits_of(choice), 0.0)

@@ -22,6 +22,7 @@ from phasequant.console import progress
 from phasequant.nn import Activations, QuantLinear, in_16_bits, logits_of, set_activations
 from phasequant.numerics import QuantSpec
 from phasequant.observe.sweep import reading
+from phasequant.ranks import Dealt
 from phasequant.sensitivity.contract import Ask, Harm, Sensitivity, bits_of
 from phasequant.stream import BlockStream, resident
 
@@ -40,7 +41,7 @@ def divergences(ask: Ask, common: Activations, others: Others, title: str) -> di
     """Mean KL in nats a token of: all groups on their grids in `common`, and each group of `others` alone on each of
     its grids there."""
     with in_16_bits(ask.run.model):
-        stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device)
+        stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device, spread=True)
         states: dict[Key, list[Tensor]] = {COMMON: list(stream.hidden)}
         for step in stream.steps(f"sensitivity ({title})"):
             arguments = stream.arguments[step.index]
@@ -98,7 +99,9 @@ def _against_16_bits(ask: Ask, exact: list[Tensor], states: dict[Key, list[Tenso
                 log_q = logs(rows[s][at : at + HEAD_ROWS])
                 total[key] += float((p.exp() * (p - log_q)).sum())
             tick()
-    return {key: value / count for key, value in total.items()}
+    dealt = Dealt.of(len(ask.run.tokens))
+    count = dealt.total(count)
+    return {key: dealt.total(value) / count for key, value in total.items()}
 
 
 def kl(ask: Ask) -> Sensitivity:
@@ -146,7 +149,7 @@ class PlanDivergence:
 
     def _states(self, title: str) -> list[Tensor]:
         ask = self.ask
-        stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device)
+        stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device, spread=True)
         for _ in stream.steps(title):
             pass
         return stream.hidden

@@ -39,7 +39,7 @@ def local(ask: Ask) -> Sensitivity:
     begun = time.monotonic()
     specs = [spec for spec in (ask.low, *ask.choices) if spec is not None]
     harm: dict[Place, dict[int, float]] = {}
-    stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device)
+    stream = BlockStream(ask.run.model, ask.map, ask.run.tokens, ask.run.device, spread=True)
     for step in stream.steps("sensitivity (local)"):
         sums = {g.name: dict.fromkeys([16, *(s.bits for s in specs)], 0.0) for g in ask.map.groups}
         grids = {g.name: [own for s in specs if (own := ask.at((step.index, g.name), s))] for g in ask.map.groups}
@@ -52,7 +52,8 @@ def local(ask: Ask) -> Sensitivity:
         step.drain()
         for hook in hooks:
             hook.remove()
-        for name, found in sums.items():
+        for name, seen in sums.items():
+            found = {bits: stream.dealt.total(value) for bits, value in seen.items()}
             power = max(found.pop(16), 1e-30)
             harm[step.index, name] = {bits: error / power for bits, error in found.items()}
     for choice in ask.choices:

@@ -1,7 +1,8 @@
 """The work directory of a run: `.NAME.work` beside its output NAME. What is finished of it outlives any crash.
 
-One run at a time: its lock is one of the operating system, which ends with the process however that ends. Whoever has
-it also removes what an earlier run that was killed left half-written. A finished run removes the directory.
+One run at a time (of several ranks the first has the lock): it is one of the operating system, which ends with the
+process however that ends. Whoever has it also removes what an earlier run that was killed left half-written. A finished
+run removes the directory.
 """
 
 import fcntl
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from phasequant.console import note
 from phasequant.errors import PhaseQuantError
+from phasequant.ranks import leads
 
 LOCK = "lock"
 
@@ -30,6 +32,9 @@ class Work:
         worth going on from."""
         target = target.expanduser().resolve()
         folder = target.parent / f".{target.name}.work"
+        if not leads():
+            yield cls(folder, target)
+            return
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             handle = _lock(folder, target)

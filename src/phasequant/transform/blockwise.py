@@ -4,8 +4,9 @@ r"""Block-wise learning: each decoder block, rounded, is taught to give what the
 
 Inputs and targets are the 16-bit model's, so no block knows of another's errors and every block is a job of its own:
 `learn_block` needs its weights, its inputs, its grids and a seed, and nothing else. Jobs may run in any order, on any
-number of processes, and each finished one is kept on disk under a hash of all it depends on: an interrupted run goes on
-where it was, and a plan that raises some blocks learns only those anew.
+number of processes (under torchrun each rank learns every N-th block, and all pass all inputs through), and each
+finished one is kept on disk under a hash of all it depends on: an interrupted run goes on where it was, and a plan that
+raises some blocks learns only those anew.
 
     w_t = 1             loss: mse      FlatQuant's. One token of 25,000 outweighs all others
     w_t = 1/‖y_t‖²      loss: token    every token's error relative to its own size, which is how the next norm reads it
@@ -34,6 +35,7 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn.attention import ATTENTION
 from phasequant.numerics import QuantSpec, multiplies_bfloat16
 from phasequant.optim import Zeta
+from phasequant.ranks import agreed, world
 from phasequant.recipe import LearningPart
 from phasequant.stream import BlockStream, Step
 from phasequant.surroundings import measured
@@ -206,7 +208,7 @@ def learn_block(job: Job) -> BlockTransform:
             f"(now {learning.lr or 'the default'}) or learning.clip_lr (now {learning.clip_lr})"
         )
     if after > before:
-        warn(f"block {job.index}: learning raised its loss, {before:.3g} → {after:.3g}: its start is kept")
+        warn(f"block {job.index}: learning raised its loss, {before:.3g} → {after:.3g}: its start is kept", own=True)
         learned.load_state_dict(start, strict=False)
         after = before
     return learned.result(
@@ -250,7 +252,7 @@ def learn_blocks(
     clips = task.learned_clips if clips is None else clips
     kept = KeptBlocks(task, start)
     stream = BlockStream(task.model, task.map, task.tokens, task.device)
-    found: list[BlockTransform] = []
+    found: list[tuple[int, BlockTransform | None]] = []
     for step in stream.steps(f"learn ({start.method})"):
         kept.see(step.block)
         grids = {group: task.activations.get((step.index, group)) for group in GROUPS}
@@ -264,7 +266,8 @@ def learn_blocks(
             "bfloat16": multiplies_bfloat16(task.device),
         }
         ready = kept.read(start.block(step.index), asked)
-        if ready is None:
+        owner = step.index % world().size
+        if ready is None and owner == world().rank:
             base, inputs, targets = _residual_basis(task, start, step, stream)
             job = Job(
                 index=step.index,
@@ -286,9 +289,10 @@ def learn_blocks(
             )
             ready = learn_block(job)
             kept.write(ready)
-        found.append(ready)
+        found.append((owner, ready))
     kept.tell()
-    return Transform(start.method, start.folds_norms, start.residual, tuple(found))
+    blocks = tuple(block for owner, ready in found if (block := agreed(ready, owner)) is not None)
+    return Transform(start.method, start.folds_norms, start.residual, blocks)
 
 
 def _residual_basis(

@@ -3,7 +3,7 @@
 An artifact is the block as the checkpoint will hold it: codes, scales and factors as they are, the rest in the stored
 type. Its name has seen what is common to the run (recipe, plan, transform, versions, the source's files or the tokens)
 and every block up to its own as it was before it was quantized. So what is taken is what would be computed again, bit
-for bit.
+for bit. Of several ranks the first writes, and all read: the folder is one that all of them see.
 """
 
 import copy
@@ -20,6 +20,7 @@ from phasequant.artifact import read_tensors, told_of, write_artifact
 from phasequant.fingerprint import Fingerprint
 from phasequant.nn import QuantLinear, quant_linears
 from phasequant.numerics import QuantSpec
+from phasequant.ranks import agreed, leads, wait
 from phasequant.stream import finish, resident
 
 VERSION = 1  # of what a kept block means
@@ -44,6 +45,8 @@ class KeptCodes:
 
     def see(self, index: int, block: nn.Module) -> None:
         """The next block, not quantized yet."""
+        if not leads():  # rank 0's word counts
+            return
         self._past.text(f"block {index}")
         for name, tensor in block.state_dict().items():
             if not tensor.is_meta:  # a streamed block is known by its source and transform
@@ -59,7 +62,7 @@ class KeptCodes:
 
     def told(self, index: int) -> Any | None:
         """What was told of the block that was seen last, if it was finished by an earlier run."""
-        found = told_of(self.path(index), self._key)
+        found = agreed(told_of(self.path(index), self._key) if leads() else None)
         if found is not None:
             self.taken += 1
             self.paths[index] = self.path(index)
@@ -76,7 +79,9 @@ class KeptCodes:
             prefix + name: tensor.to(self.stored) if name in parameters else tensor
             for name, tensor in block.state_dict().items()
         }
-        write_artifact(self.path(index), self._key, tensors, told)
+        if leads():
+            write_artifact(self.path(index), self._key, tensors, told)
+        wait()
         self.paths[index] = self.path(index)
         finish(block, self.path(index), prefix)
 

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from phasequant.ranks import Dealt
 from phasequant.weight.gptq import factor, normalized
 
 
@@ -58,6 +59,14 @@ class Moments:
             if self.plain is not self.hessian:
                 self.plain.addmm_(x.T, x)
         self.tokens += len(x)
+
+    def together(self, dealt: Dealt) -> None:
+        """Add what other ranks have seen."""
+        sums = [self.hessian, self.cross, self.plain if self.plain is not self.hessian else None]
+        for one in sums:
+            if one is not None:
+                dealt.total(one)
+        self.tokens = dealt.total(self.tokens)
 
 
 def best_weights(

@@ -29,6 +29,7 @@ from phasequant.arch.families import GroupNames
 from phasequant.console import progress, warn
 from phasequant.nn import SLOT, QuantLinear, in_16_bits, kv_in_16_bits, prepared, quant_linears
 from phasequant.numerics import QuantSpec
+from phasequant.ranks import Dealt, agreed, world
 from phasequant.recipe import LowRankPart, WeightsPart
 from phasequant.stream import BlockStream, resident
 from phasequant.weight.codes import Told, WeightCodes
@@ -37,6 +38,7 @@ from phasequant.weight.kept import KeptCodes
 from phasequant.weight.lowrank import Branch, split
 from phasequant.weight.moments import Moments, best_weights, shrunk
 from phasequant.weight.rtn import round_to_nearest
+from phasequant.weight.spread import spread_rows
 
 ROWS_A_CHANNEL = 8  # fewer, and a solve towards outputs fits what is noise
 
@@ -198,10 +200,10 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
         if part.hessian == "full":
             stack.enter_context(in_16_bits(task.model))
             stack.enter_context(kv_in_16_bits(task.model))
-        stream = BlockStream(task.model, task.map, task.tokens, task.device)
+        stream = BlockStream(task.model, task.map, task.tokens, task.device, spread=True)
         original = list(stream.hidden)
         if task.kept is not None:
-            task.kept.add([task.tokens, *original])
+            task.kept.add([task.tokens, *original, torch.tensor(world().size)])
         for step in stream.steps(f"weights ({part.method}, {task.spec})"):
             arguments = stream.arguments[step.index]
             aims = part.method == "gptq" and part.target == "outputs"
@@ -222,7 +224,9 @@ def _with_data(task: WeightTask) -> Iterator[dict[str, Any]]:
             told = []
             for groups in rounds:
                 last = twins_outputs if groups is rounds[-1] else None
-                moments = _moments(task, step.block, twin, groups, stream.hidden, original, arguments, last)
+                moments = _moments(
+                    task, step.block, twin, groups, stream.hidden, original, arguments, last, stream.dealt
+                )
                 for group_part in (p for group in groups for p in task.map.parts(group)):
                     own = moments.pop(group_part.linears[0])
                     found = _quantize_group(task, step.block, step.index, group_part, own)
@@ -269,6 +273,7 @@ def _moments(
     original: Sequence[Tensor],
     arguments: Mapping[str, Any],
     twins_outputs: list[Tensor] | None,
+    dealt: Dealt,
 ) -> dict[str, Moments]:
     """Moments of some groups' inputs over all sequences, by the first linear of each of their parts; the twin's outputs
     on the way, where they are wanted. Of experts the twin sees nothing: its router may choose others."""
@@ -293,6 +298,8 @@ def _moments(
             original_rows = None if other is None or part.expert is not None else other[part.input].rows
             if len(rows := seen[part.input].of(part.expert)):
                 found[part.linears[0]].add(rows, rounded, original_rows)
+    for one in found.values():
+        one.together(dealt)
     for group in groups:
         _share([found[part.linears[0]] for part in task.map.parts(group)])
     return found
@@ -386,23 +393,26 @@ def _codes(
     if rank:
         root, blind = _root(moments if lowrank.weighting == "hessian" else None, part.damping)
         why = why or blind
-        branch, weight, notes = split(
+        branch, weight, notes = agreed(split(
             weight, spec, rank, lowrank.method, root=root,
             iterations=lowrank.iterations, shrink=lowrank.shrink, stored=task.stored, place=place,
-        )  # fmt: skip
-    if part.method == "rtn" or moments is None:
-        made, told = round_to_nearest(weight, spec, clips), Told("rtn")
-    else:
-        made, told = gptq(
-            weight,
+        ))  # fmt: skip
+
+    def solve(rows: Tensor, own: Tensor | None) -> tuple[WeightCodes, Told]:
+        if part.method == "rtn" or moments is None:
+            return round_to_nearest(rows, spec, own), Told("rtn")
+        return gptq(
+            rows,
             moments.hessian,
             spec,
-            clips,
+            own,
             damping=part.damping,
             order=part.order,
             rounds=part.rounds,
             place=place,
         )
+
+    made, told = spread_rows(solve, weight, clips, None if moments is None else moments.hessian, spec)
     told.notes |= notes
     told.why = told.why or why
     return branch, made, told
