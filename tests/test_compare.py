@@ -8,6 +8,7 @@ import phasequant
 from phasequant.cli import app
 from phasequant.compare import compare
 from phasequant.errors import PhaseQuantError
+from phasequant.recipe import Recipe
 
 SMALL = [
     "learning.sequences=4", "learning.seqlen=32", "learning.epochs=1", "learning.steps=1", "learning.batch=2",
@@ -242,3 +243,32 @@ def test_tasks_markdown_and_latex(setup, tmp_path, run):
     assert len(body) == 4 and len({line.replace(r"\&", "").count("&") for line in body}) == 1
     assert r"arc\_easy" in tex and "%" not in tex.replace(r"\%", "").removeprefix("% needs")
     assert "Zero-shot tasks" in (options["output"] / "compare.html").read_text()
+
+
+def test_seeds_take_other_calibration_text(setup):
+    """Rows of smooth, which draws no signs, differ by what they were calibrated on; seed 0 is what it was without."""
+    model, options = setup
+    asked = {**options, "policies": ["uniform"], "chunks": 1}
+    alone, _ = compare(model, ["smooth"], **asked)
+    found, _ = compare(model, ["smooth", "rtn"], **asked, seeds=3)
+    assert [(row["recipe"], row["seed"]) for row in found["rows"]] == [
+        ("smooth", 0), ("smooth", 1), ("smooth", 2), ("rtn", 0),
+    ]  # fmt: skip
+    perplexities = [row["figures"]["4"]["ppl"] for row in found["rows"][:3]]
+    assert len(set(perplexities)) == 3 and perplexities[0] == alone["rows"][0]["figures"]["4"]["ppl"]
+    assert len({row["gsr_raw"] for row in found["rows"][:3]}) == 3
+    budget, _ = compare(model, ["rtn"], **{**asked, "policies": ["budget"]}, seeds=2)
+    assert [row["seed"] for row in budget["rows"]] == [0, 1]  # its plan is made on the text
+
+
+def test_the_manifest_says_which_text_a_seed_took(setup, tmp_path):
+    model, options = setup
+    told = []
+    for seed in (0, 1):
+        sets = [*options["overrides"], "policy.name=budget", f"seed={seed}"]
+        phasequant.quantize(model, "quarot", overrides=sets, output=tmp_path / f"q{seed}")
+        manifest = json.loads((tmp_path / f"q{seed}" / "manifest.json").read_text())
+        assert Recipe.load(tmp_path / f"q{seed}" / "recipe.yaml").seed == seed
+        told.append(manifest["calibration"])
+    assert [one["seed"] for one in told] == [0, 1] and told[0]["sha256"] == told[1]["sha256"]
+    assert told[0]["tokens_sha256"] != told[1]["tokens_sha256"] and told[0]["sequences"] == told[1]["sequences"]

@@ -1,12 +1,9 @@
-"""The page of a comparison: paired differences by hand, whatever is missing, and every chart drawn and table sorted."""
+"""The page of a comparison: paired differences by hand, intervals and verdicts, and whatever is missing."""
 
 import json
 import math
-import os
 import random
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import pytest
 from phasequant.report import write_comparison
 from phasequant.report.comparison import context, paired, render
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "</script><b>bold</b> & %{y}"
 A8 = {"uniform": 0.0, "paper": 0.133, "budget": 0.125}
 Json = dict[str, Any]
@@ -82,7 +78,7 @@ def test_files(tmp_path: Path) -> None:
     assert "not finite" in plain(html)
     loads = set(re.findall(r"""\b(?:src|href|action)\s*=\s*["']([^"']*)["']""", html))
     assert {load for load in loads if not load.startswith("#")} == {"data:,", "compare.json"}
-    assert not re.search(r"https?://|url\(|@import|<b>bold|<b>block", html)
+    assert not re.search(r"https?://(?!www.w3.org/2000/svg)|url\(|@import|<b>bold|<b>block", html)
 
 
 def test_paired_differences() -> None:
@@ -130,7 +126,7 @@ def test_table_needs_no_script() -> None:
     for text in (*cells, "failed: no &lt;b&gt;block&lt;/b&gt; to learn", "no Hadamard matrix of this width"):
         assert text in html, text
     assert len(re.findall(r"<strong>[\d.]+</strong>", html)) == 2  # the best of each KV column
-    assert html.count('<tr><th scope="row">frtq') == 1
+    assert html.count('data-plan="paper"><th scope="row">frtq') == 1
 
 
 @pytest.mark.parametrize(
@@ -158,42 +154,3 @@ def test_degrades(result: Json, there: list[str], missing: list[str]) -> None:
     html = plain(render(result))
     assert all(text in html for text in there)
     assert not any(text in html for text in missing)
-
-
-SORT = """<script>setTimeout(() => {
-  const table = document.querySelector("table.sortable"), root = document.documentElement;
-  const column = [...table.tHead.rows[0].cells].findIndex((cell) => /perplexity,\\s*KV4/.test(cell.innerText));
-  const header = table.tHead.rows[0].cells[column];
-  const values = () => [...table.tBodies[1].rows].map((row) => row.cells[column]?.dataset.v ?? "failed").join(" ");
-  header.querySelector("button").click();
-  root.dataset.up = header.getAttribute("aria-sort") + " " + values();
-  header.querySelector("button").click();
-  root.dataset.down = header.getAttribute("aria-sort") + " " + values();
-  const select = document.querySelector("[data-state=kv]");
-  select.value = "16";
-  select.dispatchEvent(new Event("change"));
-  root.dataset.switches = [...document.querySelectorAll("[data-state=kv]")].map((other) => other.value).join(" ");
-}, 3000);</script>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_charts_are_drawn_and_rows_sorted(tmp_path: Path) -> None:
-    page = write_comparison(full(), tmp_path)
-    page.write_text(page.read_text(encoding="utf-8").replace("</body>", SORT + "</body>"), encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    flags += "--disable-component-update --disable-sync --virtual-time-budget=8000 --dump-dom"
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    environment = {**os.environ, "HOME": str(tmp_path)}
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment).stdout
-    root = dict(re.findall(r'data-(\w+)="([^"]*)"', re.findall(r"<html[^>]*>", dom)[0]))
-    assert root["errors"] == ""
-    for way, word in (("up", "ascending"), ("down", "descending")):
-        order, *values, last = root[way].split()
-        assert order == word
-        assert last == "failed"
-        assert [*map(float, values)] == sorted(map(float, values), reverse=way == "down")
-        assert len(values) == 18
-    assert root["switches"] == "16 16 16"
-    divs = re.split(r'(?=<div class="chart)', dom.split('id="figures"')[0])[1:]
-    assert len(divs) == 3
-    assert all('class="main-svg"' in div for div in divs)

@@ -1,5 +1,7 @@
 """Texts and their cut."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,6 +25,26 @@ def test_cut_is_the_standard_one(tokenizer, tmp_path):
     assert torch.equal(chunks.flatten(), ids[:256])
     assert text.cut(corpus, tokenizer, 64, 2).shape == (2, 64)
     assert text.digest(chunks) != text.digest(chunks + 1)
+
+
+def test_a_seed_takes_as_many_sequences_from_elsewhere(tokenizer, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("".join(chr(33 + i % 90) + chr(33 + i // 90) for i in range(500)))  # every place is its own
+    corpus = text.find(str(path), "calibration")
+    ids = text.tokenize(corpus, tokenizer).tolist()
+    first = text.cut(corpus, tokenizer, 64, 5)
+    assert torch.equal(text.cut(corpus, tokenizer, 64, 5, 0), first) and first.flatten().tolist() == ids[:320]
+    seen = set()
+    for seed in range(1, 40):
+        chosen = text.cut(corpus, tokenizer, 64, 5, seed)
+        assert torch.equal(chosen, text.cut(corpus, tokenizer, 64, 5, seed)) and chosen.shape == (5, 64)
+        starts = [next(i for i in range(len(ids)) if ids[i : i + 64] == row) for row in chosen.tolist()]
+        assert all(b - a >= 64 for a, b in itertools.pairwise(sorted(starts)))
+        seen.add(tuple(starts))
+    assert len(seen) == 39 and max(max(s) for s in seen) > len(ids) - 128 and min(min(s) for s in seen) < 64
+    assert any(list(s) != sorted(s) for s in seen)
+    for wanted in (None, 15, 400):  # the whole text: the tail of 40 is what is dealt out
+        assert text.cut(corpus, tokenizer, 64, wanted, 7).shape == (15, 64)
 
 
 def test_bad_texts(tokenizer, tmp_path):

@@ -222,7 +222,8 @@ def compare(
     lists = {name: as_recipe(name, sets) for name in names}
     corpora = [texts.find(str(one), "evaluation") for one in several]
     asked = Asked(
-        model, tuple(pair for name, recipe in lists.items() for pair in seeded(name, recipe, seeds, chosen)), chosen, a8_share,
+        model, tuple(pair for name, recipe in lists.items() for pair in seeded(name, recipe, seeds, chosen)),
+        chosen, a8_share,
         tuple(dict.fromkeys(str(one) for one in several)), chunks, seqlen,
         tuple([tasks] if isinstance(tasks, str) else tasks), None if tasks_dir is None else Path(tasks_dir).resolve(),
         limit, batch, open_folder(output), device,

@@ -27,7 +27,7 @@ from phasequant.errors import PhaseQuantError
 from phasequant.evaluate import Candidate, score
 from phasequant.plan import PrecisionPlan, Seen, make_plan
 from phasequant.recipe import Recipe
-from phasequant.report import is_report, write_page
+from phasequant.report import is_report, what_runs, write_page
 from phasequant.source import Source, open_model
 
 QUAROT, OWN_NAME = "quarot", {"quarot": "QuaRot"}
@@ -108,6 +108,8 @@ def run_demo(
         "weights": run.origin["weights"],
         "plan": chosen.to_dict(),
         "plans": {name: plan.to_dict() for name, plan in rows_plans.items()},
+        "sensitivity": seen.sensitivity and seen.sensitivity.to_dict(),
+        "runs": what_runs(source.map, chosen, source.compute, source.model.dtype),
         "results": rows,
         "evaluation": {"text": corpus.source, "sha256": corpus.sha256, "chunks": len(tokens), "seqlen": 2048},
         "seconds": round(time.monotonic() - start, 1),

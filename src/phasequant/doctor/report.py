@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phasequant.numerics import QuantSpec
+from phasequant.ranges import ranges
 
 SIXTEEN = "16-bit"
 
@@ -114,17 +115,6 @@ def together(problems: Iterable[Problem]) -> list[Problem]:
     for problem in problems:
         found.setdefault((problem.what, problem.do), []).append(problem.where)
     return [Problem("; ".join(where), what, do) for (what, do), where in found.items()]
-
-
-def ranges(blocks: Iterable[int]) -> str:
-    """Like 0-3, 7."""
-    runs: list[list[int]] = []
-    for block in sorted(set(blocks)):
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1][-1] = block
-        else:
-            runs.append([block, block])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def place(blocks: Iterable[int], group: str) -> str:

@@ -19,6 +19,7 @@ from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.export.profiles import Profile, finer, same_grid, short
 from phasequant.nn import ModelLayout
 from phasequant.numerics import QuantSpec
+from phasequant.ranges import ranges
 
 LEAVES = ("grid", "prefix")
 ONLINE = {"qkv": "a map after the norm", "o": "the mixing of heads", "gate_up": "a map after the norm", "down": "R4"}
@@ -37,17 +38,6 @@ class Problem:
     leave: str | None = None
 
 
-def _numbers(blocks: list[int]) -> str:
-    """3, 4, 5, 9 as 3-5, 9."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
 def told(places: Iterable[Place], model_map: ModelMap) -> str:
     """Places as a person reads them: by group, the blocks of each."""
     found: dict[str, list[int]] = {group.name: [] for group in model_map.groups}
@@ -55,7 +45,7 @@ def told(places: Iterable[Place], model_map: ModelMap) -> str:
         found[group].append(block)
     every = list(model_map.blocks)
     return "; ".join(
-        group if blocks == every else f"{group} of block{'s' if len(blocks) > 1 else ''} {_numbers(blocks)}"
+        group if blocks == every else f"{group} of block{'s' if len(blocks) > 1 else ''} {ranges(blocks)}"
         for group, blocks in found.items()
         if blocks
     )

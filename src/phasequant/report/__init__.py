@@ -2,5 +2,6 @@
 
 from phasequant.report.comparison import write_comparison
 from phasequant.report.page import is_report, write_page
+from phasequant.report.runs import what_runs
 
-__all__ = ["is_report", "write_comparison", "write_page"]
+__all__ = ["is_report", "what_runs", "write_comparison", "write_page"]
