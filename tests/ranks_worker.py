@@ -58,6 +58,7 @@ def everything(model: str, text: str) -> dict[str, Any]:
         ("static-w8a8", []),
         ("flat", []),
         ("qfep-w8a8", []),
+        ("spin", ["learning.steps=3"]),
         ("rtn", ["finetune.steps=3", "finetune.epochs=1", "finetune.sequences=4", "finetune.seqlen=24"]),
     ):
         quantized = pipeline.run(open_model(model, "cpu"), _recipe(name, text, *more))

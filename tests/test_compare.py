@@ -152,7 +152,7 @@ def without_times(result):
 
 
 def test_a_killed_comparison_ends_with_the_same_table(setup, tmp_path, monkeypatch):
-    from phasequant.compare_rows import Rows
+    from phasequant.compare.kept import Rows
 
     model, options = setup
     asked = {**options, "policies": ["uniform"], "seeds": 2, "text": [options["text"], "builtin"], "chunks": 1}

@@ -16,8 +16,8 @@ from phasequant.nn.experts import ExpertLinears, Experts
 from phasequant.observe import token_spikes
 from phasequant.recipe import Recipe
 from phasequant.source import wrap
+from phasequant.weight.inputs import Seen, share
 from phasequant.weight.moments import Moments
-from phasequant.weight.walk import Seen, _share
 
 
 def logits(model, ids):
@@ -117,7 +117,7 @@ def test_moments_are_of_each_experts_rows():
         for _ in range(1 if e else 40):
             one.add(torch.randn(int(e != 2), 2), None)
     before = [one.hessian.clone() for one in own]
-    _share(own)
+    share(own)
     assert torch.equal(own[0].hessian, before[0]) and [one.borrowed for one in own] == [0, 1, 2]
     total = sum(before)
     torch.testing.assert_close(own[1].hessian, before[1] + total / 41)

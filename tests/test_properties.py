@@ -100,6 +100,17 @@ def test_a_mistyped_key_names_the_right_one(place, at, letter):
     assert named == key or (len(key) < 5 and named in near)
 
 
+def _edit(values: dict, garbage, rng) -> None:
+    """Put garbage in the place of any value, at any depth."""
+    inner = values
+    while True:
+        key = rng.choice(sorted(inner))
+        if not isinstance(inner[key], dict) or not inner[key] or rng.random() < 0.3:
+            break
+        inner = inner[key]
+    inner[key] = garbage
+
+
 def _only_ours(call) -> None:
     start = time.monotonic()
     with contextlib.suppress(PhaseQuantError):
@@ -178,13 +189,7 @@ def test_plans_go_to_json_and_back(plan):
 @given(plans(), GARBAGE, st.randoms(use_true_random=False))
 def test_an_edited_plan_is_read_or_refused_with_a_reason(plan, garbage, rng):
     values = plan.to_dict()
-    inner = values
-    while True:
-        key = rng.choice(sorted(inner))
-        if not isinstance(inner[key], dict) or not inner[key] or rng.random() < 0.3:
-            break
-        inner = inner[key]
-    inner[key] = garbage
+    _edit(values, garbage, rng)
     try:
         PrecisionPlan.from_dict(values, MAP)
     except PhaseQuantError as error:
@@ -297,13 +302,7 @@ def test_layouts_go_to_json_and_back(layout):
 @given(layouts(), GARBAGE, st.randoms(use_true_random=False))
 def test_an_edited_layout_is_read_or_refused(layout, garbage, rng):
     values = layout.to_dict()
-    inner = values
-    while True:
-        key = rng.choice(sorted(inner))
-        if not isinstance(inner[key], dict) or not inner[key] or rng.random() < 0.3:
-            break
-        inner = inner[key]
-    inner[key] = garbage
+    _edit(values, garbage, rng)
     _only_ours(lambda: ModelLayout.from_dict(values, MAP))
 
 

@@ -53,8 +53,8 @@ def test_goes_on_behind_the_finished_blocks(saved, text_file, monkeypatch, tmp_p
         with pytest.raises(Stopped):
             phasequant.quantize(model, recipe, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.work").glob("block-*.json"))) == 2
-    quantized, group = [], walk._quantize_group
-    monkeypatch.setattr(walk, "_quantize_group", lambda task, block, index, *rest: quantized.append(index) or group(
+    quantized, group = [], walk.quantize_group
+    monkeypatch.setattr(walk, "quantize_group", lambda task, block, index, *rest: quantized.append(index) or group(
         task, block, index, *rest
     ))  # fmt: skip
     phasequant.quantize(model, recipe, output=tmp_path / "out", **options)

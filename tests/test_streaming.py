@@ -43,7 +43,8 @@ def both(model: Path, recipe: str, overrides: list[str]) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "llama-bias", "llama-odd", "qwen2", "qwen3", "gemma", "gemma2", "stablelm", "phi", "opt"]
+    "family",
+    ["llama", "llama-bias", "llama-odd", "qwen2", "qwen3", "gemma", "gemma2", "stablelm", "phi", "opt", "phi3"],
 )
 def test_streamed_is_what_memory_gives(saved, family):
     whole, streamed = both(saved(family, dtype=torch.bfloat16), "quarot", where(family))
@@ -62,6 +63,9 @@ def test_streamed_is_what_memory_gives(saved, family):
         ("smooth", []),
         ("flat", []),
         ("16bit", []),
+        ("qfep-w8a8", []),
+        ("quarot-gptq", ["prefix.method=prefixquant", "prefix.eta=2"]),
+        ("flat", ["prefix.method=bos", "policy.name=budget", "policy.score=noise", "policy.a8_share=0.2"]),
     ],
 )
 def test_what_looks_at_data_streams_too(saved, recipe, overrides, text_file, monkeypatch, tmp_path):
@@ -92,7 +96,6 @@ def test_chosen_where_it_does_not_fit(saved, tmp_path, run, monkeypatch):
     [
         (["-r", "spin"], "end to end"),
         (["--set", "finetune.steps=1"], "finetune"),
-        (["--set", "prefix.method=qfep"], "prefix"),
         (["--policy", "budget", "--set", "policy.score=gradient"], "runs the whole model"),
     ],
 )

@@ -420,7 +420,7 @@ def test_kept_blocks_know_the_rotation_of_the_residual(tiny, ids, tmp_path):
 
 @pytest.mark.parametrize(("optimizer", "loss"), [("cayley", "ce"), ("cayley", "kl"), ("qr-orth", "kl"), ("zeta", "kl")])
 def test_spin_lowers_its_loss_and_stays_orthogonal(optimizer, loss, tiny, ids):
-    from phasequant.transform.learned import LearnedRotation
+    from phasequant.transform.learned_maps import LearnedRotation
     from phasequant.transform.spin import RotatedModel, _loss, start
 
     source = tiny("llama", seed=3)
@@ -444,7 +444,7 @@ def test_spin_lowers_its_loss_and_stays_orthogonal(optimizer, loss, tiny, ids):
 @pytest.mark.parametrize("name", ["llama", *NEW])
 def test_spins_copy_is_the_model_before_anything_is_rounded(name, tiny, ids):
     """With caps on scores and logits, gains that are not the weights, and no dropout."""
-    from phasequant.transform.learned import LearnedRotation
+    from phasequant.transform.learned_maps import LearnedRotation
     from phasequant.transform.spin import RotatedModel, start
 
     source = tiny(name)
@@ -504,7 +504,7 @@ def test_os_plus_leaves_even_inputs_alone():
 @pytest.mark.parametrize(("method", "where"), [pair for pair in WHERES if pair[0] != "quarot"])
 def test_quantize_save_load_same_logits(method, where, tiny, ids, text_file, tmp_path, monkeypatch):
     # What was learned is taken, whether or not two steps on random weights happened to lower a loss on this machine.
-    monkeypatch.setattr("phasequant.transform.blockwise._mean_loss", lambda *_: 0.0)
+    monkeypatch.setattr("phasequant.transform.block_job._mean_loss", lambda *_: 0.0)
     recipe = quick(method, rotation={"where": where}).with_(
         weights={"bits": 4, "clip": "learned"}, activations={"bits": 4, "clip": "learned"},
         kv={"bits": 4, "clip": "learned"}, calibration={"text": str(text_file), "sequences": 4, "seqlen": 64},

@@ -318,16 +318,16 @@ def test_every_family(name, tiny, ids, text_file):
 
 def test_gptq_sees_what_the_quantized_blocks_before_produce(tiny, text_file, monkeypatch):
     """The Hessian of the last group of the last block is of inputs that quantized blocks made."""
-    from phasequant.weight import walk
+    from phasequant.weight import group
 
     seen = {}
-    true = walk.gptq
+    true = group.gptq
 
     def spy(weight, hessian, *args, place, **options):
         seen[place] = hessian.clone()
         return true(weight, hessian, *args, place=place, **options)
 
-    monkeypatch.setattr(walk, "gptq", spy)
+    monkeypatch.setattr(group, "gptq", spy)
     source = tiny("llama")
     run = phasequant.quantize(source, recipe_of(text_file, activations={"bits": 16}, kv={"bits": 16}))
     from phasequant import text
@@ -362,14 +362,14 @@ def test_outputs_are_nearer_with_more_of_what_gptq_can_see(tiny, text_file):
 
 
 def test_a_linear_that_fell_to_rounding_is_told(tiny, text_file, monkeypatch, capsys):
-    from phasequant.weight import walk
+    from phasequant.weight import inputs
 
-    class Broken(walk.Moments):
+    class Broken(inputs.Moments):
         def add(self, *args):
             super().add(*args)
             self.hessian[0, 0] = float("nan")
 
-    monkeypatch.setattr(walk, "Moments", Broken)
+    monkeypatch.setattr(inputs, "Moments", Broken)
     run = phasequant.quantize(tiny("llama-one"), recipe_of(text_file))
     assert {entry["rung"] for entry in run.origin["weights"]["groups"]} == {"rtn"}
     assert "rounded to nearest, because the Hessian is not finite" in " ".join(capsys.readouterr().err.split())
@@ -422,13 +422,13 @@ def test_the_target_is_the_16_bit_models(sequential, tiny, text_file, monkeypatc
     from phasequant.weight import walk
 
     seen = {}
-    true = walk._moments
+    true = walk.moments_of
 
     def spy(task, block, twin, groups, hidden, original, *rest):
         seen[len(seen)] = (list(hidden), list(original))
         return true(task, block, twin, groups, hidden, original, *rest)
 
-    monkeypatch.setattr(walk, "_moments", spy)
+    monkeypatch.setattr(walk, "moments_of", spy)
     source = tiny("llama")
     tokens = text.cut(text.find(str(text_file), "calibration"), source.tokenizer, 64, 4)
     with torch.no_grad():
@@ -443,12 +443,12 @@ def test_the_target_is_the_16_bit_models(sequential, tiny, text_file, monkeypatc
 
 
 def test_weighting_of_branches_is_followed_and_only_gptq_aims_at_outputs(tiny, text_file, monkeypatch):
-    from phasequant.weight import walk
+    from phasequant.weight import group, walk
 
     roots, twins = [], []
-    true_split, true_twin = walk.split, walk._sixteen_bit_twin
-    monkeypatch.setattr(walk, "split", lambda *a, **o: roots.append(o["root"]) or true_split(*a, **o))
-    monkeypatch.setattr(walk, "_sixteen_bit_twin", lambda *a: twins.append(1) or true_twin(*a))
+    true_split, true_twin = group.split, walk.sixteen_bit_twin
+    monkeypatch.setattr(group, "split", lambda *a, **o: roots.append(o["root"]) or true_split(*a, **o))
+    monkeypatch.setattr(walk, "sixteen_bit_twin", lambda *a: twins.append(1) or true_twin(*a))
     for weighting in ("none", "hessian"):
         roots.clear()
         recipe = recipe_of(text_file, lowrank={"method": "svd", "rank": 2, "weighting": weighting})
@@ -461,9 +461,9 @@ def test_weighting_of_branches_is_followed_and_only_gptq_aims_at_outputs(tiny, t
 
 
 def test_a_branch_without_its_hessian_is_told(tiny, text_file, monkeypatch, capsys):
-    from phasequant.weight import walk
+    from phasequant.weight import group
 
-    monkeypatch.setattr(walk, "factor", lambda *a: (None, "no factor"))
+    monkeypatch.setattr(group, "factor", lambda *a: (None, "no factor"))
     recipe = recipe_of(text_file, weights={"method": "rtn"}, lowrank={"method": "svd", "rank": 2})
     run = phasequant.quantize(tiny("llama-one"), recipe)
     assert all("chosen without data: no factor" in entry["why"] for entry in run.origin["weights"]["groups"])

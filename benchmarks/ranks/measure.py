@@ -1,6 +1,6 @@
 """One process against several: the same plan, the same perplexity within 0.1 %, and how much sooner.
 
-    python benchmarks/ranks.py MODEL --calib FILE [--text FILE --chunks 8] [--nproc 2] [-o FOUND.json] -- -r flat …
+    python benchmarks/ranks/measure.py MODEL --calib FILE [--text FILE --chunks 8] [--nproc 2] [-o OUT] -- -r flat …
 
 What follows `--` goes to `phasequant quantize`. Each run has an empty cache, so that nothing learned is taken up; CPU
 processes have one thread each (OMP_NUM_THREADS=1), the single one too. `seconds` are wall-clock, whole commands, with

@@ -1,6 +1,8 @@
-"""A random checkpoint of LLaMA-3-8B's shape, or of another depth and width, written block by block.
+"""A random checkpoint of LLaMA-3-8B's shape, or of another depth and width, written block by block; with `--experts` a
+Mixtral's, its experts one by one as on the Hub.
 
     python make_checkpoint.py OUT [--blocks 32] [--width 4096] [--ffn 14336] [--heads 32] [--kv-heads 8] [--vocab …]
+                                  [--experts 8]
 
 bfloat16 safetensors, a shard a block, and a byte-level tokenizer. One block is in memory at a time; weights are normal
 with LLaMA's deviations, and seeded, so that two machines make the same files.
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from phasequant.artifact import write_tensors
 
@@ -28,8 +30,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def make(folder: Path, config: LlamaConfig) -> None:
-    """Write the checkpoint."""
+def make(folder: Path, config: LlamaConfig | MixtralConfig, experts: int) -> None:
+    """Write the checkpoint; `experts`: 0 where the MLPs are dense."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -58,10 +60,18 @@ def make(folder: Path, config: LlamaConfig) -> None:
             "self_attn.v_proj.weight": normal(keys, width),
             "self_attn.o_proj.weight": normal(width, queries),
             "post_attention_layernorm.weight": gain(),
-            "mlp.gate_proj.weight": normal(ffn, width),
-            "mlp.up_proj.weight": normal(ffn, width),
-            "mlp.down_proj.weight": normal(width, ffn),
         }
+        if not experts:
+            block["mlp.gate_proj.weight"] = normal(ffn, width)
+            block["mlp.up_proj.weight"] = normal(ffn, width)
+            block["mlp.down_proj.weight"] = normal(width, ffn)
+        else:
+            block["block_sparse_moe.gate.weight"] = normal(experts, width)
+        for expert in range(experts):
+            one = f"block_sparse_moe.experts.{expert}"
+            block[f"{one}.w1.weight"] = normal(ffn, width)
+            block[f"{one}.w3.weight"] = normal(ffn, width)
+            block[f"{one}.w2.weight"] = normal(width, ffn)
         shard(index + 2, {f"model.layers.{index}.{name}": tensor for name, tensor in block.items()})
         print(f"block {index}", flush=True)
     shard(count, {"model.norm.weight": gain(), "lm_head.weight": normal(config.vocab_size, width)})
@@ -76,11 +86,14 @@ def main() -> None:
     """Parse and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    shape = {"blocks": 32, "width": 4096, "ffn": 14336, "heads": 32, "kv-heads": 8, "vocab": 128256}
+    shape = {"blocks": 32, "width": 4096, "ffn": 14336, "heads": 32, "kv-heads": 8, "vocab": 128256, "experts": 0}
     for name, value in shape.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     given = parser.parse_args()
-    config = LlamaConfig(
+    made, more = LlamaConfig, {}
+    if given.experts:
+        made, more = MixtralConfig, {"num_local_experts": given.experts, "num_experts_per_tok": 2}
+    config = made(
         vocab_size=given.vocab,
         hidden_size=given.width,
         intermediate_size=given.ffn,
@@ -94,9 +107,10 @@ def main() -> None:
         bos_token_id=256,
         eos_token_id=257,
         dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+        architectures=["MixtralForCausalLM" if given.experts else "LlamaForCausalLM"],
+        **more,
     )
-    make(given.output, config)
+    make(given.output, config, given.experts)
 
 
 if __name__ == "__main__":

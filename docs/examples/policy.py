@@ -10,8 +10,7 @@ import sys
 import phasequant
 from phasequant.arch import ModelMap, Place
 from phasequant.numerics import QuantSpec
-from phasequant.plan import Seen
-from phasequant.plan.precision import Raised
+from phasequant.plan import Raised, Seen
 from phasequant.recipe import PolicyPart, Recipe
 
 RECIPE = "quarot"

@@ -9,9 +9,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,25 +69,13 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file, whole or not at all, widest types first; its SHA-256 in hex."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; what is written is at `path` once all of it is on the disk, and nothing before."""
     part = path.with_name(f"{path.name}.part")
-    hasher = hashlib.sha256()
     try:
         with part.open("wb") as file:
-
-            def put(data: Any) -> None:
-                hasher.update(data)
-                file.write(data)
-
-            put(_header(ordered))
-            for tensor in ordered.values():
-                flat = tensor.detach().cpu().contiguous().flatten()
-                if flat.numel():
-                    data = flat.view(torch.uint8).numpy().data
-                    for start in range(0, len(data), PIECE):
-                        put(data[start : start + PIECE])
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -94,22 +83,32 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise full_disk(error, path) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file, whole or not at all, widest types first; its SHA-256 in hex."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    hasher = hashlib.sha256()
+    with _whole(path) as file:
+
+        def put(data: Any) -> None:
+            hasher.update(data)
+            file.write(data)
+
+        put(_header(ordered))
+        for tensor in ordered.values():
+            flat = tensor.detach().cpu().contiguous().flatten()
+            if flat.numel():
+                data = flat.view(torch.uint8).numpy().data
+                for start in range(0, len(data), PIECE):
+                    put(data[start : start + PIECE])
     return hasher.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise full_disk(error, path) from error
+    with _whole(path) as file:
+        file.write(text.encode())
 
 
 def write_artifact(path: Path, key: str, tensors: Mapping[str, Tensor], told: Any) -> None:

@@ -226,7 +226,8 @@ def give_prefix(source: Source, recipe: Recipe) -> None:
 def renew_prefix(source: Source, recipe: Recipe) -> None:
     """Keys and values of the prefix as the model, in its present basis, makes them."""
     if source.prefix is not None:
-        states = prefix_states(source.model, source.map, source.prefix.tokens, storage_dtype(recipe, source))
+        stored, tokens = storage_dtype(recipe, source), source.prefix.tokens
+        states = prefix_states(source.model, source.map, tokens, stored, source.compute)
         attach_prefix(source.model, source.map, states)
 
 

@@ -3,6 +3,7 @@
     sequences of calibration   dealt to the ranks in turn; sums, extremes and rows of statistics are brought together
     rows of a weight           a part for each rank (GPTQ's solves and the clip searches are independent by row)
     blocks that learn alone    dealt in turn (`flat` and every other block-wise method); the learned ones are exchanged
+    sequences of a batch       of `spin` and of `finetune`'s distillation, dealt in turn; their gradients are added
     chunks, requests           of evaluation, dealt in turn
     everything else            done by all alike, and what rank 0 found is taken: a plan, a transform, scales
 
@@ -15,7 +16,7 @@ A rank that fails ends the run: torchrun stops the others.
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -128,6 +129,17 @@ def total(value: T) -> T:
     box = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(box)
     return type(value)(box.item())  # type: ignore[call-arg]
+
+
+def gradients_together(parameters: Iterable[Tensor], loss: float) -> float:
+    """The loss of all ranks, each of which took its part of a batch; parameters have the gradient of all of it."""
+    if _world.size == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        total(parameter.grad)
+    return total(loss)
 
 
 def rows_together(part: Tensor, counts: Sequence[int]) -> Tensor:

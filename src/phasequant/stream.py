@@ -5,12 +5,13 @@ on; so each block is later called exactly as the model would (position embedding
 without a line of model code of ours. Then the blocks run one after the other, each over all sequences, while the
 hidden states wait in host memory: sequences × length × width × 4 bytes, whatever the depth.
 
-Everything that needs activations stands on this. A consumer takes a `Step`, hooks what it wants on `step.block`, and
-iterates `step.run()`; `step.probe()` runs a block without consequence (a changed grid, say).
+Everything that needs activations stands on this, but for few tokens that go through the whole decoder (`visiting`). A
+consumer takes a `Step`, hooks what it wants on `step.block`, and iterates `step.run()`; `step.probe()` runs a block
+without consequence (a changed grid, say).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,6 +96,34 @@ def resident(block: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         block.to(home)
+
+
+@contextmanager
+def visiting(model: PreTrainedModel, model_map: ModelMap, device: torch.device | None = None) -> Iterator[None]:
+    """Have forward passes of the whole decoder, for a while: each block is on `device` (None: where the model's tensors
+    are) from when it is reached to when the next one is, and its output goes home."""
+    home = home_of(model)
+    place = device or home
+    undone: list[Callable[[], None]] = []
+    with ExitStack() as here, resident(model.get_submodule(model_map.family.embeddings), home):
+
+        def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            here.close()
+            here.enter_context(resident(block, place))
+            return _moved(args, place), _moved(kwargs, place)
+
+        def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            return _moved(output, home)
+
+        for index in model_map.blocks:
+            block = model.get_submodule(model_map.block_name(index))
+            hooks = block.register_forward_pre_hook(reach, with_kwargs=True), block.register_forward_hook(leave)
+            undone.extend(hook.remove for hook in hooks)
+        try:
+            yield
+        finally:
+            for undo in undone:
+                undo()
 
 
 class Step:

@@ -136,7 +136,7 @@ def entrance(
 @bench.command()
 def attention(
     shape: Shape = "llama-3-8b",
-    batches: Annotated[str, typer.Option("--batches")] = "1,8,32",
+    batches: Annotated[str, typer.Option("--batches", help="rows that decode at once, with commas between")] = "1,8,32",
     contexts: Annotated[str, typer.Option("--contexts", help="cached tokens")] = "8192,32768,131072",
     device: Device = "auto",
     as_json: Json = False,

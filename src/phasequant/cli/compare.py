@@ -48,7 +48,10 @@ def compare(
     seqlen: Seqlen = 2048,
     sets: Sets = None,
     seed: Seed = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="rows of each recipe that draws at random, a seed each")] = 1,
+    seeds: Annotated[
+        int,
+        typer.Option("--seeds", help="rows of each recipe that draws at random or reads calibration text, a seed each"),
+    ] = 1,
     tasks: Tasks = None,
     tasks_dir: TasksDir = None,
     limit: Limit = None,

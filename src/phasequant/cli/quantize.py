@@ -75,7 +75,8 @@ def quantize(
     kv_bytes = kv_bytes_per_token(result.model, result.map)
     out.print(
         f"{output}: weights {size / 2**20:.1f} MiB, KV {kv_bytes:,} bytes a token, "
-        f"A8 share {100 * result.plan.a8_share:.1f} %" + _more_bits(result.plan),
+        f"A8 share {100 * result.plan.a8_share:.1f} %, inputs of {result.plan.input_bits:.2f} bits on average"
+        + _more_bits(result.plan),
         soft_wrap=True,
         markup=False,
     )
@@ -83,6 +84,7 @@ def quantize(
         "checkpoint": str(output),
         "policy": result.plan.policy,
         "a8_share": result.plan.a8_share,
+        "input_bits": result.plan.input_bits,
         "raised": list(result.plan.to_dict()["raised"]),
         "weights_raised": list(result.plan.to_dict()["weights_raised"]),
         "kv_raised": list(result.plan.to_dict()["kv_raised"]),

@@ -28,8 +28,7 @@ from phasequant.finetune.contract import Polished, PolishTask, held_out, optimiz
 from phasequant.finetune.polished import PolishedBlock, PolishedNorm
 from phasequant.nn import Recomputed, capped_logits, in_16_bits, kv_in_16_bits, replace_module
 from phasequant.numerics import learning_product, multiplies_bfloat16
-from phasequant.ranks import agreed, world
-from phasequant.ranks import total as ranks_total
+from phasequant.ranks import agreed, gradients_together, world
 from phasequant.stream import BlockStream, resident
 
 ROWS = 512  # of logits at once
@@ -185,7 +184,7 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
                 loss = divergence(task, task.tokens[index], teacher[index], exact=plain_head) / part.batch
                 loss.backward()
                 total += float(loss.detach())
-            total = _together(params, total)
+            total = gradients_together(params, total)
             if not math.isfinite(total):
                 raise PhaseQuantError(f"finetune: the loss of step {step} is {total}: lower finetune.lr ({part.lr})")
             torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -193,17 +192,6 @@ def _learn(task: PolishTask, student: _Student, teacher: list[Tensor]) -> int:
             steps += 1
             tick()
     return steps
-
-
-def _together(params: list[nn.Parameter], loss: float) -> float:
-    """The loss of all ranks, their gradients added up."""
-    if world().size == 1:
-        return loss
-    for parameter in params:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        ranks_total(parameter.grad)
-    return ranks_total(loss)
 
 
 __all__ = ["distill", "teach"]

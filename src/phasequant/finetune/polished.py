@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from phasequant.arch import ModelMap
 from phasequant.nn import SLOT, KVQuantizer, QuantLinear, replace_module
 from phasequant.numerics import LinearMap, QuantSpec, learning_product, unpack, weight_scale
-from phasequant.transform.learned import Grid, LearnedKV, LearnedMap
+from phasequant.transform.learned_grids import Grid, LearnedKV
+from phasequant.transform.learned_maps import LearnedMap
 from phasequant.transform.norms import gain_of, scale_bias, set_gain, stored_gain
 
 LEAST_BITS_FREE = 8  # grids of so many bits have codes to spare: their clip stays

@@ -84,7 +84,7 @@ def find_prefix(
             ahead = torch.tensor(first, dtype=tokens.dtype).expand(len(tokens), -1)
             tokens = torch.cat((ahead, tokens[:, : tokens.shape[1] - len(first)]), 1)
             spikes = token_spikes(model, model_map, tokens, device)
-            chosen, notes = spiking_prefix(model, model_map, tokens, spikes, begin, part)
+            chosen, notes = spiking_prefix(model, model_map, tokens, spikes, begin, part, device)
         else:
             chosen, notes = outlier_tokens(token_spikes(model, model_map, tokens, device), tokens, begin, part.eta)
         if not chosen:

@@ -5,7 +5,7 @@ r"""PrefixQuant's prefix: the tokens that are outliers most often, then the begi
     prefix = the o ids that are outliers most often, the most frequent first, then begin
 
 The first token of a sequence, whatever it is, is left out of both counts: begin takes its place. One lone id that is an
-outlier in fewer than a tenth of the sequences is dropped. Source: the paper and its `stat_utils.py` (methods.md §9).
+outlier in fewer than a tenth of the sequences is dropped. Source: the paper and its `stat_utils.py`.
 """
 
 import math

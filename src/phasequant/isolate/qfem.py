@@ -6,11 +6,11 @@ r"""QFeM: groups whose inputs a few tokens dominate are left out of the low grid
 Left out means that the *input* is read in 16 bits, or in 8 with a scale for every token; weights are quantized like the
 others. Ratios are taken where the quantizer stands: after the transform, behind the prefix if there is one.
 
-The authors' search of α was never released (methods.md §3). Ours: groups in the order of r; the fewest that must be
-left out for the perplexity on the calibration text to stay within `budget` of the 16-bit activations', by bisection,
-since leaving out more can only help but for noise; never more than `most` of all groups. Weights and KV are in 16 bits
-meanwhile. α is the geometric mean of the two ratios at the border. Costs about log2(groups) passes over the calibration
-text.
+The authors' search of α was never released (their script has `pass` in its place). Ours: groups in the order of r; the
+fewest that must be left out for the perplexity on the calibration text to stay within `budget` of the 16-bit
+activations', by bisection, since leaving out more can only help but for noise; never more than `most` of all groups.
+Weights and KV are in 16 bits meanwhile. α is the geometric mean of the two ratios at the border. Costs about
+log2(groups) passes over the calibration text.
 """
 
 import math

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from phasequant.arch import ModelMap
 from phasequant.observe.spikes import Spikes, spike_ratio, token_absmax
 from phasequant.recipe import PrefixPart
+from phasequant.stream import home_of, visiting
 
 A_SEQUENCE = 3  # tokens of each sequence that may become candidates
 
@@ -32,9 +33,15 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def input_absmax(
-    model: PreTrainedModel, model_map: ModelMap, block: int, group: str, tokens: Int[Tensor, "B T"]
+    model: PreTrainedModel,
+    model_map: ModelMap,
+    block: int,
+    group: str,
+    tokens: Int[Tensor, "B T"],
+    device: torch.device | None = None,
 ) -> Float[Tensor, "B T"]:
-    """Token-wise absmax of one group's input, all sequences in one batch; the model runs no further."""
+    """Token-wise absmax of one group's input, all sequences in one batch; the model runs no further. Its blocks visit
+    `device`, one at a time."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -44,9 +51,9 @@ def input_absmax(
     name = f"{model_map.block_name(block)}.{model_map.group(group).input}"
     hook = model.get_submodule(name).register_forward_pre_hook(keep)
     try:
-        with suppress(_Reached):
+        with visiting(model, model_map, device), suppress(_Reached):
             decoder = model.get_submodule(model_map.family.decoder)
-            decoder(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
+            decoder(input_ids=tokens.to(home_of(model)), use_cache=False)
     finally:
         hook.remove()
     return found[0].reshape(tokens.shape)
@@ -70,6 +77,7 @@ def spiking_prefix(
     spikes: Spikes,
     begin: int | None,
     part: PrefixPart,
+    device: torch.device | None = None,
 ) -> tuple[list[int], dict[str, Any]]:
     """([begin, c*, t], numbers of the search). `tokens` begin with `begin`, where there is one."""
     ratios: Mapping[tuple[int, str], float] = {place: spike_ratio(s) for place, s in spikes.items()}
@@ -83,7 +91,7 @@ def spiking_prefix(
     tried = []
     for token in candidates(spikes[block, group], tokens, begin, part.candidates):
         rows = torch.stack([torch.tensor([*first, int(c), token, int(c), token]) for c in frequent])
-        s = input_absmax(model, model_map, block, group, rows)
+        s = input_absmax(model, model_map, block, group, rows, device)
         once, again = s[:, len(first) + 1], s[:, len(first) + 3]
         times = once / again.clamp(min=1e-20)
         at = int(times.argmax())

@@ -9,23 +9,19 @@ from phasequant.nn.attention import (
     kv_in_16_bits,
     switch_attention,
 )
-from phasequant.nn.experts import prepared, take_apart
+from phasequant.nn.experts import prepared, take_apart, take_block_apart
 from phasequant.nn.kv import KVLayout, KVQuantizer, PackedLayer, PackedStates
-from phasequant.nn.layout import (
-    Activations,
-    LowRank,
-    ModelLayout,
-    PrefixLayout,
+from phasequant.nn.layout import Activations, LowRank, ModelLayout, PrefixLayout, prefix_tokens
+from phasequant.nn.linear import QuantLinear
+from phasequant.nn.modules import (
     empty_linear,
     in_16_bits,
     lay_out,
-    prefix_tokens,
     quant_linears,
     replace_module,
     row_share,
     set_activations,
 )
-from phasequant.nn.linear import QuantLinear
 from phasequant.nn.online import OnlineMap
 from phasequant.nn.prefix import PrefixStates, attach_prefix, prefix_length, prefix_states, without_prefix
 from phasequant.nn.recomputed import Recomputed
@@ -67,5 +63,6 @@ __all__ = [
     "set_activations",
     "switch_attention",
     "take_apart",
+    "take_block_apart",
     "without_prefix",
 ]

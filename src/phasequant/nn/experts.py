@@ -17,8 +17,8 @@ gpt-oss' experts (`ClampedExperts`) have biases, and an act of their own:
     inner = (1 + clamp(u, -L, L)) · g·σ(a·g),   g = min(gate_e x_t, L), u = up_e x_t
 
 An opened model is taken apart (`take_apart`), one that is laid out for loading too, before its weights come: the
-checkpoint holds `experts.gate.0.weight_packed` and the like. The router and a shared expert's gate stay as they are,
-in 16 bits.
+checkpoint holds `experts.gate.0.weight_packed` and the like. So is a block of a streamed model whenever it is read
+(`take_block_apart`). The router and a shared expert's gate stay as they are, in 16 bits.
 """
 
 from collections.abc import Callable
@@ -146,24 +146,30 @@ def _join(experts: Experts, shared: Any, count: int) -> None:
         linears.extend(_linears(weights))
 
 
+def take_block_apart(block: nn.Module, model_map: ModelMap) -> None:
+    """Replace the stacked experts of one block by `Experts`; their weights are in memory twice meanwhile."""
+    family = model_map.family
+    assert family.experts is not None
+    parent, _, leaf = family.experts.rpartition(".")
+    owner: Any = block.get_submodule(parent)
+    stacked = getattr(owner, leaf)
+    if isinstance(stacked, Experts):
+        return
+    made = _apart(stacked).train(stacked.training)
+    if family.shared is None:
+        setattr(owner, leaf, made)
+        return
+    count = model_map.shape.shared
+    _join(made, block.get_submodule(family.shared), count)
+    gate = None if family.shared_gate is None else block.get_submodule(family.shared_gate)
+    mixture = Mixture(owner.gate, made, count, gate).train(stacked.training)
+    outer, _, inner = parent.rpartition(".")
+    setattr(block.get_submodule(outer), inner, mixture)
+
+
 def take_apart(model: PreTrainedModel, model_map: ModelMap) -> None:
-    """Replace the stacked experts of every block by `Experts`; one block's weights are in memory twice meanwhile."""
-    family, count = model_map.family, model_map.shape.shared
-    if family.experts is None:
+    """`take_block_apart` for every block of a mixture of experts, one after the other."""
+    if model_map.family.experts is None:
         return
     for index in model_map.blocks:
-        parent, _, leaf = f"{model_map.block_name(index)}.{family.experts}".rpartition(".")
-        owner = model.get_submodule(parent)
-        stacked = getattr(owner, leaf)
-        if isinstance(stacked, Experts):
-            continue
-        made = _apart(stacked).train(stacked.training)
-        if family.shared is None:
-            setattr(owner, leaf, made)
-            continue
-        block = model.get_submodule(model_map.block_name(index))
-        _join(made, block.get_submodule(family.shared), count)
-        gate = None if family.shared_gate is None else block.get_submodule(family.shared_gate)
-        mixture = Mixture(owner.gate, made, count, gate).train(stacked.training)
-        outer, _, inner = parent.rpartition(".")
-        setattr(model.get_submodule(outer), inner, mixture)
+        take_block_apart(model.get_submodule(model_map.block_name(index)), model_map)

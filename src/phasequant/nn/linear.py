@@ -13,12 +13,9 @@ What the kernel makes of the weights (`Kernel.prepare`) is kept until one of the
 every call compares identity, address and version of all tensors held. Only what is written through `.data` goes
 unseen: write to the tensors themselves. Copies, pickles, moves and state dicts leave it behind.
 
-On a CPU, linears of a group, which read one tensor through equal maps, map it once: the last mapped input is kept as
-long as the tensor it was made from lives unchanged (kernels keep its codes likewise).
+On a CPU linears of a group map what they read once (`shared_maps`; kernels keep its codes likewise).
 """
 
-import weakref
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,6 +26,7 @@ from torch import Tensor, nn
 from phasequant.errors import PhaseQuantError
 from phasequant.kernels import Kernel, LinearSpec, LinearTensors, Prepared, choose, dense_weight, round_input
 from phasequant.nn.online import OnlineMap
+from phasequant.nn.shared_maps import SharedMaps, stamp_of
 from phasequant.numerics import QuantSpec, pack, packed_width, read_scales, store_scales, wide_rows
 
 
@@ -42,56 +40,7 @@ class _Kept(NamedTuple):
     weights: Prepared
 
 
-def _stamp(tensors: Iterable[Tensor | None]) -> tuple[Any, ...] | None:
-    """Which tensors these are, and as of which write; None where one of them does not count its writes."""
-    held = [t for t in tensors if t is not None]
-    if any(t.is_inference() for t in held):
-        return None
-    return tuple((id(t), t.data_ptr(), t._version) for t in held)
-
-
-class _SharedMaps:
-    """`map` maps, or gives what the reader before was given."""
-
-    class Last(NamedTuple):
-        """A mapped input."""
-
-        of: "weakref.ref[Tensor]"
-        version: int
-        online: OnlineMap
-        stamp: tuple[Any, ...] | None
-        read: Tensor
-
-        def equals(self, other: OnlineMap) -> bool:
-            """Whether another map is what made this."""
-            if self.stamp != _stamp(self.online.buffers()):
-                return False
-            if other is self.online:
-                return True
-            if type(other) is not OnlineMap or other.layout() != self.online.layout():
-                return False
-            pairs = zip(self.online.buffers(), other.buffers(), strict=True)
-            return all(own.dtype == its.dtype and torch.equal(own, its) for own, its in pairs)
-
-    def __init__(self) -> None:
-        self._last: _SharedMaps.Last | None = None
-
-    def map(self, x: Tensor, online: OnlineMap) -> Tensor:
-        last = self._last
-        if last is not None and last.of() is x and last.version == x._version and last.equals(online):
-            return last.read
-        read, stamp = online(x), _stamp(online.buffers())
-        known = stamp is not None and type(online) is OnlineMap and not (x.is_inference() or read.requires_grad)
-        if known and x.device.type == "cpu":
-            self._last = self.Last(weakref.ref(x, self._forget), x._version, online, stamp, read)
-        return read
-
-    def _forget(self, of: "weakref.ref[Tensor]") -> None:
-        if self._last is not None and self._last.of is of:
-            self._last = None
-
-
-_maps = _SharedMaps()
+_maps = SharedMaps()
 
 
 class QuantLinear(nn.Module):
@@ -283,7 +232,7 @@ class QuantLinear(nn.Module):
     def _ready(self, device: torch.device, dtype: torch.dtype) -> _Kept:
         """The weights as the kernel wants them: those kept where nothing has changed since."""
         held = (*self._parameters.values(), *self._buffers.values())
-        seen = _stamp(held)
+        seen = stamp_of(held)
         stamp = (device, dtype, self.weight_spec, self.input_spec, self.branch_rounded, seen)
         if seen is not None and self._kept is not None and self._kept.stamp == stamp:
             return self._kept

@@ -30,6 +30,7 @@ from transformers.cache_utils import DynamicCache
 
 from phasequant.arch import ModelMap
 from phasequant.errors import PhaseQuantError
+from phasequant.stream import home_of, visiting
 
 PREFIX = "kv_prefix"  # the attribute of an attention module
 LENGTH = "prefix_length"  # the attribute of a decoder
@@ -121,7 +122,9 @@ def _attentions(model: PreTrainedModel, model_map: ModelMap) -> Iterator[nn.Modu
 def attach_prefix(model: PreTrainedModel, model_map: ModelMap, states: States) -> None:
     """Give a model its prefix (another one than before, if it had one), and switch to our attention."""
     for attention, (keys, values) in zip(_attentions(model, model_map), states, strict=True):
-        device = next(attention.parameters()).device if any(True for _ in attention.parameters()) else keys.device
+        device = next((parameter.device for parameter in attention.parameters()), keys.device)
+        if device.type == "meta":  # of a streamed block, whose prefix stays in memory; or all is being laid out
+            device = keys.device
         setattr(attention, PREFIX, PrefixStates(keys.to(device), values.to(device)))
     decoder = model.get_submodule(model_map.family.decoder)
     if not hasattr(decoder, LENGTH):
@@ -152,14 +155,18 @@ def without_prefix(model: PreTrainedModel, model_map: ModelMap) -> Iterator[None
 
 @torch.no_grad()
 def prefix_states(
-    model: PreTrainedModel, model_map: ModelMap, tokens: Sequence[int], stored: torch.dtype
+    model: PreTrainedModel,
+    model_map: ModelMap,
+    tokens: Sequence[int],
+    stored: torch.dtype,
+    device: torch.device | None = None,
 ) -> list[tuple[Float[Tensor, "K P H"], Float[Tensor, "K P H"]]]:
     """What the blocks of `model`, as it is now but for a prefix, hold of `tokens`: keys after RoPE, values. Rounded to
-    `stored`, which is what a checkpoint keeps."""
+    `stored`, which is what a checkpoint keeps. The blocks visit `device`, one at a time."""
     decoder = model.get_submodule(model_map.family.decoder)
-    device = next(model.parameters()).device
     cache = DynamicCache()
-    with without_prefix(model, model_map):
-        ids = torch.tensor([list(tokens)], device=device)
+    with without_prefix(model, model_map), visiting(model, model_map, device):
+        home = home_of(model)
+        ids = torch.tensor([list(tokens)], device=home)
         decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-    return [(layer.keys[0].to(stored), layer.values[0].to(stored)) for layer in cache.layers]
+    return [(layer.keys[0].to(home, stored), layer.values[0].to(home, stored)) for layer in cache.layers]

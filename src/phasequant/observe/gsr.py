@@ -5,7 +5,8 @@ r"""Grid-to-std ratio: how coarse a grid is against what it must resolve (FRTQ).
 per token for activations, per output channel for weights. The normalized error of a fine uniform grid is ρ²/12; a
 Gaussian row of 576 has ρ ≈ 0.46 (15.9 dB), a uniform one 0.247: the floor that flattening can reach.
 
-Only the abstract of FRTQ (OpenReview mUB2N8L0vD) and its reviews were available; see methods.md §2.1.
+Source: FRTQ (OpenReview mUB2N8L0vD), its abstract: ρ = Δ / std, per token and per channel. The body was not available;
+the symmetric Δ, and population std, are our reading.
 """
 
 from jaxtyping import Float

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from phasequant.arch import ModelMap, Place
 from phasequant.numerics import QuantSpec
+from phasequant.plan.entries import Raised
 from phasequant.plan.knapsack import solve
-from phasequant.plan.precision import Raised
 from phasequant.plan.prices import Prices
 from phasequant.plan.seen import Seen
 from phasequant.recipe import Recipe

@@ -16,7 +16,8 @@ from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError
 from phasequant.observe import Observations
 from phasequant.plan.budget import Spent, high_grid, spend
-from phasequant.plan.precision import PrecisionPlan, Raised
+from phasequant.plan.entries import Raised
+from phasequant.plan.precision import PrecisionPlan
 from phasequant.plan.seen import Seen
 from phasequant.recipe import PolicyPart, Recipe
 

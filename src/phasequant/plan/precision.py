@@ -5,7 +5,7 @@ and edited: delete a line of `raised` and that group reads the low grid again; g
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,29 +13,25 @@ from phasequant.arch import GROUPS, ModelMap, Place
 from phasequant.errors import PhaseQuantError, did_you_mean
 from phasequant.nn import Activations
 from phasequant.numerics import QuantSpec
+from phasequant.plan.entries import (
+    Raised,
+    Rows,
+    alpha_of,
+    clips_of,
+    entries_of,
+    kv_raised_of,
+    order,
+    place_of,
+    raised_dict,
+    rows_of,
+    spec_of,
+    weights_raised_of,
+)
 
 KEYS = (
     "policy", "model", "a8_share", "weights", "kv", "low", "raised", "weights_raised", "kv_raised", "clips",
     "alpha", "rows",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Raised:
-    """The grid of a raised group (None: 16 bits) and the reason."""
-
-    spec: QuantSpec | None
-    why: str
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Per-token precision of the low grid: by which measure single rows read 8 bits, from where on in each group, and
-    the share of them on the calibration text."""
-
-    by: str
-    share: float
-    above: Mapping[Place, float]
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,15 @@ class PrecisionPlan:
         )
         return eight / self.model.macs_total
 
+    @property
+    def input_bits(self) -> float:
+        """Bits that the linears inside the blocks read, on average over their multiply-adds."""
+        read = (
+            self.model.macs(group) * (16 if spec is None else spec.bits)
+            for (_, group), spec in self.activations.items()
+        )
+        return sum(read) / self.model.macs_total
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -102,19 +107,19 @@ class PrecisionPlan:
             "weights": self.weights and self.weights.to_dict(),
             "kv": self.kv and self.kv.to_dict(),
             "low": self.low and self.low.to_dict(),
-            "raised": _raised_dict(self.raised),
-            "weights_raised": _raised_dict(self.weights_raised),
+            "raised": raised_dict(self.raised),
+            "weights_raised": raised_dict(self.weights_raised),
             "kv_raised": {
                 str(block): {**(entry.spec.to_dict() if entry.spec else {"bits": 16}), "why": entry.why}
                 for block, entry in sorted(self.kv_raised.items())
             },
-            "clips": {f"{block}.{group}": clip for (block, group), clip in sorted(self.clips.items(), key=_order)},
+            "clips": {f"{block}.{group}": clip for (block, group), clip in sorted(self.clips.items(), key=order)},
             "alpha": self.alpha,
             "rows": self.rows
             and {
                 "by": self.rows.by,
                 "share": self.rows.share,
-                "above": {f"{b}.{g}": value for (b, g), value in sorted(self.rows.above.items(), key=_order)},
+                "above": {f"{b}.{g}": value for (b, g), value in sorted(self.rows.above.items(), key=order)},
             },
         }
 
@@ -141,14 +146,14 @@ class PrecisionPlan:
                 f"width {made_for.get('d_model')}; this is {here['family']} with {here['blocks']} of "
                 f"{here['d_model']}): make one with `phasequant analyze` on this model"
             )
-        low = _spec(values["low"], "low", "activations")
+        low = spec_of(values["low"], "low", "activations")
         base = {**(low.to_dict() if low else {}), "clip": 1.0}
         raised = {
-            _place(name, model_map, "raises"): Raised(_spec({**base, **own}, name, "activations"), why)
-            for name, own, why in _entries(values["raised"], "raised", "BLOCK.GROUP")
+            place_of(name, model_map, "raises"): Raised(spec_of({**base, **own}, name, "activations"), why)
+            for name, own, why in entries_of(values["raised"], "raised", "BLOCK.GROUP")
         }
-        weights = _spec(values.get("weights"), "weights", "weights", tuple(map(model_map.width_in, GROUPS)))
-        kv = _spec(values.get("kv"), "kv", "kv", (model_map.shape.d_head,))
+        weights = spec_of(values.get("weights"), "weights", "weights", tuple(map(model_map.width_in, GROUPS)))
+        kv = spec_of(values.get("kv"), "kv", "kv", (model_map.shape.d_head,))
         return cls(
             str(values.get("policy", "by hand")),
             model_map,
@@ -156,11 +161,11 @@ class PrecisionPlan:
             kv,
             low,
             raised,
-            _clips(values.get("clips") or {}, model_map),
-            _alpha(values.get("alpha")),
-            _rows(values.get("rows"), low, model_map),
-            _weights_raised(values.get("weights_raised") or {}, weights, model_map),
-            _kv_raised(values.get("kv_raised") or {}, kv, model_map),
+            clips_of(values.get("clips") or {}, model_map),
+            alpha_of(values.get("alpha")),
+            rows_of(values.get("rows"), low, model_map),
+            weights_raised_of(values.get("weights_raised") or {}, weights, model_map),
+            kv_raised_of(values.get("kv_raised") or {}, kv, model_map),
         )
 
     @classmethod
@@ -171,136 +176,3 @@ class PrecisionPlan:
         except (ValueError, RecursionError) as error:
             raise PhaseQuantError(f"the plan is not valid JSON ({error})") from error
         return cls.from_dict(values, model_map)
-
-
-def _raised_dict(raised: Mapping[Place, Raised]) -> dict[str, Any]:
-    return {
-        f"{block}.{group}": {**(entry.spec.to_dict() if entry.spec else {"bits": 16}), "why": entry.why}
-        for (block, group), entry in sorted(raised.items(), key=_order)
-    }
-
-
-def _entries(values: Any, key: str, places: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(place, grid's keys, why) of raised entries."""
-    if not isinstance(values, dict):
-        raise PhaseQuantError(f"the plan's '{key}' must be an object of {places} entries (empty: {{}})")
-    for name, entry in values.items():
-        if not isinstance(entry, dict):
-            raise PhaseQuantError(f"the plan's entry for '{name}' must be an object such as {{\"bits\": 8}}")
-        own = dict(entry)
-        why = str(own.pop("why", "set by hand"))
-        yield str(name), own, why
-
-
-def _weights_raised(values: Any, base: QuantSpec | None, model_map: ModelMap) -> dict[Place, Raised]:
-    """Groups whose weights have other bits."""
-    found: dict[Place, Raised] = {}
-    for name, own, why in _entries(values, "weights_raised", "BLOCK.GROUP"):
-        if base is None:
-            raise PhaseQuantError("the plan's 'weights_raised' raise weights that have 16 bits already")
-        place = _place(name, model_map, "raises the weights of")
-        spec = _spec({**base.to_dict(), **own}, f"weights of {name}", "weights", (model_map.width_in(place[1]),))
-        if spec is None or spec.is_int != base.is_int:
-            raise PhaseQuantError(f"the plan's weights at '{name}' must be codes, of the kind that the others are")
-        found[place] = Raised(spec, why)
-    return found
-
-
-def _kv_raised(values: Any, base: QuantSpec | None, model_map: ModelMap) -> dict[int, Raised]:
-    """Blocks whose keys and values have other bits."""
-    found: dict[int, Raised] = {}
-    for name, own, why in _entries(values, "kv_raised", "BLOCK"):
-        if base is None:
-            raise PhaseQuantError("the plan's 'kv_raised' raise keys and values that have 16 bits already")
-        if not _is_block(name, model_map):
-            raise PhaseQuantError(f"the plan raises the KV of block '{name}', which this model does not have")
-        spec = _spec({**base.to_dict(), **own}, f"KV of block {name}", "kv", (model_map.shape.d_head,))
-        if spec is None or replace(spec, bits=base.bits, clip=base.clip) != base:
-            raise PhaseQuantError(f"the plan's KV of block {name} may differ from the others' in bits and clip alone")
-        found[int(name)] = Raised(spec, why)
-    return found
-
-
-def _order(item: tuple[Place, Any]) -> tuple[int, int]:
-    return item[0][0], GROUPS.index(item[0][1])
-
-
-def _clips(values: Any, model_map: ModelMap) -> dict[Place, float]:
-    """Learned clips of a plan."""
-    if not isinstance(values, dict):
-        raise PhaseQuantError("the plan's 'clips' must be an object of BLOCK.GROUP entries (or be left away)")
-    found: dict[Place, float] = {}
-    for name, clip in values.items():
-        if not isinstance(clip, (int, float)) or not 0 < clip <= 1:
-            raise PhaseQuantError(f"the plan's clip at '{name}' is not valid: a fraction in (0, 1], not {clip!r}")
-        found[_place(name, model_map, "clips")] = float(clip)
-    return found
-
-
-def _rows(values: Any, low: QuantSpec | None, model_map: ModelMap) -> Rows | None:
-    """Per-token precision of a plan."""
-    if values is None:
-        return None
-    if not isinstance(values, dict) or set(values) != {"by", "share", "above"} or not isinstance(values["above"], dict):
-        raise PhaseQuantError("the plan's 'rows' must be an object of by, share and above (or be left away)")
-    if low is None:
-        raise PhaseQuantError("the plan's 'rows' raise single rows above 'low', which is 16 bits already")
-    share = values["share"]
-    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise PhaseQuantError(f"the plan's rows.share is a fraction, not {share!r}")
-    above: dict[Place, float] = {}
-    for name, value in values["above"].items():
-        place = _place(name, model_map, "raises rows of")
-        try:
-            replace(low, rows_by=values["by"], above=value)
-        except PhaseQuantError as error:
-            raise PhaseQuantError(f"the plan's rows at '{name}' are not valid: {error}") from error
-        above[place] = float(value)
-    return Rows(str(values["by"]), float(share), above)
-
-
-def _alpha(value: Any) -> float | None:
-    if value is not None and not isinstance(value, (int, float)):
-        raise PhaseQuantError(f"the plan's alpha is a number (or null), not {value!r}")
-    return value
-
-
-def _is_block(name: str, model_map: ModelMap) -> bool:
-    return name.isdecimal() and len(name) < 10 and int(name) in model_map.blocks
-
-
-def _place(name: Any, model_map: ModelMap, verb: str) -> Place:
-    block, _, group = str(name).partition(".")
-    if group not in GROUPS or not _is_block(block, model_map):
-        raise PhaseQuantError(
-            f"the plan {verb} '{name}', which this model does not have: places are BLOCK.GROUP with blocks "
-            f"0 to {model_map.shape.blocks - 1} and groups {', '.join(GROUPS)}"
-        )
-    return int(block), group
-
-
-ROLES = {"weights": ("channel", "group"), "kv": ("group",), "activations": ("token", "tensor", "column")}
-"""What may share a scale, by what is quantized."""
-
-
-def _spec(values: Any, place: str, role: str, widths: tuple[int, ...] = ()) -> QuantSpec | None:
-    """A grid of a plan; it must suit its role, and its groups divide every width it is used on."""
-    if values is None or (isinstance(values, dict) and values.get("bits") == 16):
-        return None
-    try:
-        spec = QuantSpec.from_dict(values)
-        if not spec.is_int and (role == "kv" or (role == "weights" and spec.kind == "fp8")):
-            raise PhaseQuantError(f"{role} cannot be {spec.kind}")
-        if spec.is_int and spec.granularity not in ROLES[role]:
-            raise PhaseQuantError(f"{role} are quantized per {' or '.join(ROLES[role])}, not per {spec.granularity}")
-        if spec.static and role != "activations":
-            raise PhaseQuantError("only activations can have static scales")
-        if spec.granularity == "column" and not spec.static:
-            raise PhaseQuantError("a scale a column is static: nothing can take it from the tokens that pass")
-        if spec.clip == "mse" and role != "weights":
-            raise PhaseQuantError("clip 'mse' is for weights only")
-        for width in widths:
-            spec.groups(width)
-    except (PhaseQuantError, TypeError, ValueError, AttributeError) as error:
-        raise PhaseQuantError(f"the plan's grid at '{place}' is not valid: {error}") from error
-    return spec

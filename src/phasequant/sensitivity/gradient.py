@@ -31,7 +31,8 @@ from phasequant.numerics import LinearMap, QuantSpec, dequantize, fake_quantize,
 from phasequant.ranks import Dealt
 from phasequant.sensitivity.contract import KV, WEIGHTS, Ask, Sensitivity, bits_of
 from phasequant.stream import resident
-from phasequant.transform.learned import Grid, LearnedKV, LearnedMap
+from phasequant.transform.learned_grids import Grid, LearnedKV
+from phasequant.transform.learned_maps import LearnedMap
 
 Sums = dict[int, float]
 """Bits → ⟨gradient, noise⟩ so far."""

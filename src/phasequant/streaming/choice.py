@@ -17,11 +17,15 @@ WIDE = 4  # bytes of a weight in memory on a CPU
 def unstreamable(recipe: Recipe) -> str | None:
     """Why a recipe needs the whole model at once; None where it goes block by block."""
     if recipe.transform.method == "spin":
-        return "transform.method=spin learns its rotations end to end, through the whole model"
+        return (
+            "transform.method=spin learns its rotations end to end, through the whole model (what a machine with more "
+            "memory has learned, transform.method=load takes)"
+        )
     if recipe.finetune.on:
-        return "finetune polishes against the 16-bit model, both of them in memory"
-    if recipe.prefix.method != "none":
-        return f"prefix.method={recipe.prefix.method} runs the whole model to find its tokens' keys and values"
+        return (
+            "finetune polishes against the 16-bit model, both of them in memory (finetune.steps=0 and "
+            "finetune.epochs=0 turn it off)"
+        )
     if recipe.policy.name == "budget" and recipe.policy.score in RUNS_MODEL:
         return f"policy.score={recipe.policy.score} runs the whole model (policy.score=noise does not)"
     return None

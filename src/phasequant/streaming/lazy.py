@@ -2,7 +2,8 @@
 
 A lazy module stands in the model with its structure and no numbers (meta tensors). Made resident it is, in this order,
 
-    read        from the source's files, in the type that the model computes in
+    read        from the source's files, as Transformers makes a model's parameters of them (`conversion`); a mixture's
+                experts are then taken apart, and all is cast to the type that the model computes in
     changed     by all that was done to it so far (a transform), again: cheaper than keeping it in 32 bits on a disk
     rounded     to the stored type, once that was asked for
 
@@ -11,7 +12,7 @@ KV grids, a prefix) stays in memory.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from phasequant.errors import PhaseQuantError
 from phasequant.nn import QuantLinear, quant_linears
 from phasequant.stream import lazy_of
 from phasequant.streaming.memory import give_back
-from phasequant.streaming.tensors import SourceTensors, check_values
+from phasequant.streaming.tensors import SourceTensors
 
 ROWS = 4096
 META = torch.device("meta")
 Change = Callable[[nn.Module], None]
+Read = Iterable[tuple[str, Tensor]]
 
 
 def round_dense(module: nn.Module, stored: torch.dtype, *, but_linears: bool) -> None:
@@ -52,11 +54,17 @@ def is_lazy(model: nn.Module) -> bool:
 
 
 class LazyBlock:
-    """What makes the numbers of one block. `names`: parameter → tensor of the source."""
+    """What makes the numbers of one block."""
 
-    def __init__(self, block: nn.Module, source: SourceTensors, names: dict[str, str], dtype: torch.dtype) -> None:
-        self.source, self.names, self.dtype = source, names, dtype
+    def __init__(
+        self, block: nn.Module, read: Callable[[], Read], dtype: torch.dtype, arrange: Change | None = None
+    ) -> None:
+        """`block`: as Transformers lays it out, without numbers; `read`: (parameter, tensor) for all of it, anew at
+        every call; `arrange`: lays it out as this package has it, at once and whenever it is read."""
+        self.read, self.dtype, self.arrange = read, dtype, arrange
         self.pristine = copy.deepcopy(block)
+        if arrange is not None:
+            arrange(block)
         self.changes: list[Change] = []
         self.rounding: tuple[torch.dtype, bool] | None = None
         self.finished: Path | None = None
@@ -82,12 +90,18 @@ class LazyBlock:
             _assign(block, {n.removeprefix(self._prefix): t for n, t in read_tensors(self.finished).items()}, device)
             return
         made = copy.deepcopy(self.pristine)
-        for key, tensor in self.source.read(self.names):
-            check_values(self.names[key], tensor)
+        for key, tensor in self.read():
             owner, leaf = _owner(made, key)
-            value = tensor.to(self.dtype, copy=True)
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-            del tensor
+            kept = tensor if self.arrange is not None else tensor.to(self.dtype, copy=True)
+            owner._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
+            del tensor, kept
+        if self.arrange is not None:
+            self.arrange(made)
+            for owner in made.modules():
+                for leaf, parameter in owner._parameters.items():
+                    if parameter is not None:
+                        kept = parameter.to(self.dtype, copy=True)  # what was read may be the file's own memory
+                        owner._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
         made.to(device)
         for change in self.changes:
             change(made)
@@ -169,7 +183,6 @@ class LazyMatrix:
         made = torch.empty(self.source.shapes[self.name], dtype=dtype or self.dtype)
         at = 0
         for raw in self.source.rows(self.name, ROWS):
-            check_values(self.name, raw)
             rows = raw.to(self.dtype, copy=True)
             for change in self.changes:
                 rows.copy_(change(rows.to(torch.float64)))

@@ -18,12 +18,18 @@ from transformers import PreTrainedModel
 from phasequant.arch import ModelMap
 from phasequant.artifact import read_tensors, write_tensors
 from phasequant.checkpoint.tensors import check_tensors, headers
+from phasequant.streaming.conversion import saved_names
 from phasequant.streaming.lazy import LazyMatrix
 from phasequant.streaming.tensors import INDEX, SINGLE
 
 
-def _place(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where a file system has no links."""
+def _place(source: Path, target: Path, model: PreTrainedModel) -> None:
+    """The same file under another name, or a copy where a file system has no links, or where tensors are named as
+    Transformers does at saving."""
+    names = saved_names(model, headers([source]))
+    if any(name != saved for name, saved in names.items()):
+        write_tensors(target, {names[name]: tensor for name, tensor in read_tensors(source).items()})
+        return
     try:
         os.link(source, target)
     except OSError:
@@ -51,7 +57,8 @@ def _tensors(model: PreTrainedModel, names: dict[str, str], stored: torch.dtype)
             found[name] = lazy.whole(stored)
         else:
             found[name] = model.get_parameter(name).detach().to(stored)
-    return found
+    names = saved_names(model, found)
+    return {names[name]: tensor for name, tensor in found.items()}
 
 
 def write_shards(model: PreTrainedModel, model_map: ModelMap, blocks: Sequence[Path], folder: Path) -> None:
@@ -66,7 +73,7 @@ def write_shards(model: PreTrainedModel, model_map: ModelMap, blocks: Sequence[P
     before, behind = _outside(model, model_map)
     write_tensors(files[0], {**_tensors(model, before, stored), **sealed})
     for source, target in zip(blocks, files[1:-1], strict=True):
-        _place(source, target)
+        _place(source, target, model)
     write_tensors(files[-1], _tensors(model, behind, stored))
     found = {path: headers([path]) for path in files}
     every = {name: entry for one in found.values() for name, entry in one.items()}

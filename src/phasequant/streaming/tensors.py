@@ -86,31 +86,37 @@ class SourceTensors:
             raise PhaseQuantError(f"the model's file {path} was changed while it was read: start anew")
 
     def read(self, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """(key, tensor) for every key and tensor name, in the file's type, each gone with the next."""
+        """(key, tensor) for every key and tensor name, in the file's type, each gone with the next. NaN and infinity
+        are refused."""
         for path in sorted({self.file[name] for name in names.values()}):
             self._check(path)
             try:
                 with safe_open(path, "pt") as file:
                     for key, name in names.items():
                         if self.file[name] == path:
-                            yield key, file.get_tensor(name)
+                            tensor = file.get_tensor(name)
+                            _check_values(name, tensor)
+                            yield key, tensor
+                            del tensor
             except (OSError, SafetensorError) as error:
                 raise PhaseQuantError(f"'{path.name}' in {self.folder} cannot be read ({error}): {AGAIN}") from error
 
     def rows(self, name: str, most: int) -> Iterator[Tensor]:
-        """A matrix, `most` rows at a time, in the file's type."""
+        """A matrix, `most` rows at a time, in the file's type. NaN and infinity are refused."""
         path = self.file[name]
         for start in range(0, self.shapes[name][0], most):
             self._check(path)
             try:
                 with safe_open(path, "pt") as file:  # opened anew, so that pages read before are let go
-                    yield file.get_slice(name)[start : start + most]
+                    rows = file.get_slice(name)[start : start + most]
+                _check_values(name, rows)
+                yield rows
+                del rows
             except (OSError, SafetensorError) as error:
                 raise PhaseQuantError(f"'{path.name}' in {self.folder} cannot be read ({error}): {AGAIN}") from error
 
 
-def check_values(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity."""
+def _check_values(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         bad = int((~torch.isfinite(tensor)).sum())
         raise PhaseQuantError(

@@ -1,6 +1,6 @@
 """The standard cut: text tokenized once, non-overlapping sequences of equal length, the tail dropped.
 
-This is the protocol of GPTQ, QuaRot, SpinQuant and FlatQuant (methods.md §16): whatever the tokenizer adds at the very
+This is the protocol of GPTQ, QuaRot, SpinQuant and FlatQuant, by their code: whatever the tokenizer adds at the very
 start (LLaMA's BOS, nothing for SmolLM2) is there once; no chunk gets a BOS of its own.
 
 Calibration text may be cut elsewhere: with a seed other than 0 the same number of sequences begins anywhere in the

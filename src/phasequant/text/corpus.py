@@ -54,7 +54,7 @@ def from_file(path: Path) -> Corpus:
 
 
 def _from_hub(name: str, part: Part) -> Corpus:
-    """WikiText-2 or C4 by the protocol of GPTQ and QuaRot (methods.md §16)."""
+    """WikiText-2 or C4 by the protocol of GPTQ (arXiv 2210.17323) and QuaRot (arXiv 2404.00456)."""
     try:
         from datasets import load_dataset
     except ImportError as error:

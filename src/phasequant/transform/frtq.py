@@ -14,7 +14,7 @@ of heads (over o's inputs), and to R4 where `rotation.down: learned`. R3 stays a
     folded   R1, R2: free          online   M, R3, R4, as in QuaRot, at the same cost: only their entries differ
 
 Source: FRTQ (OpenReview mUB2N8L0vD), of which abstract and reviews could be read; the uniform target is our reading of
-"equalize per-row magnitudes" (methods.md §2.2). FRTQ's weight half, the tuned SVD, belongs to `weight/`.
+"equalize per-row magnitudes" (a review). FRTQ's weight half, the tuned SVD, belongs to `weight/`.
 """
 
 from dataclasses import replace

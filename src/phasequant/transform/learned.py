@@ -8,201 +8,23 @@ model's own block: nothing of Transformers' attention or MLP is rewritten. With 
     down:  h·T         ─Q→  W' = (W / c)·T^{-T}  ─Q→       up's rows are multiplied by that c
     k·T, q·T^{-T} after RoPE, keys and values ─Q→          in the attention function
 
-A clip ratio is sigmoid(p), p = 4 at the start (0.982, FlatQuant's), one per weight scale, one per input, key and value
-grid. A scale is exp(p). Inverses of the small factors are taken at each step.
+Maps are `learned_maps`, clips `learned_grids`; a scale is exp(p).
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from phasequant.arch import ModelMap
 from phasequant.nn import QuantLinear, replace_module
 from phasequant.nn.attention import SLOT
 from phasequant.nn.prefix import PREFIX
-from phasequant.numerics import LinearMap, QuantSpec, apply_map, grid, learning_product, polar, straight_through
-from phasequant.optim import qr_orthogonal
+from phasequant.numerics import LinearMap, QuantSpec, learning_product
 from phasequant.transform.contract import MAPS, BlockTransform
-
-CLIP_START = 4.0
-LEAST_CLIP = 0.05
-ALMOST_ONE = 0.998
-
-
-def inverse(factor: Float[Tensor, "m n n"]) -> Float[Tensor, "m n n"]:
-    """Inverses of a stack of small matrices, without the check that would make a CUDA device wait."""
-    return torch.linalg.inv_ex(factor, check_errors=False).inverse
-
-
-class LearnedMap(nn.Module):
-    """A `LinearMap` whose factors are parameters (or stay fixed)."""
-
-    diagonal: Tensor | None
-
-    def __init__(self, start: LinearMap, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.start = start
-        self.left = nn.Parameter(start.left.to(dtype))
-        self.right = nn.Parameter(start.right.to(dtype)) if start.right is not None else None
-        self.register_buffer("diagonal", None if start.diagonal is None else start.diagonal.to(dtype))
-
-    def factors(self) -> tuple[Tensor, Tensor | None]:
-        """The factors as they stand."""
-        return self.left, self.right
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x·T."""
-        left, right = self.factors()
-        return apply_map(x, left, right, tail=self.start.tail, diagonal=self.diagonal)
-
-    def inverse_factors(self) -> tuple[Tensor, Tensor | None]:
-        """Factors of T^{-T}."""
-        left, right = self.factors()
-        return inverse(left).transpose(-1, -2), None if right is None else inverse(right).transpose(-1, -2)
-
-    def inverse_transpose(self, weight: Tensor, heads: tuple[int, int] | None = None) -> Tensor:
-        """weight·T^{-T}; with `heads` (kv heads, heads), of a map of kv heads as all query heads see it."""
-        left, right = self.inverse_factors()
-        diagonal = None if self.diagonal is None else self.diagonal.reciprocal()
-        if heads is not None:
-            kv_heads, times = heads[0], heads[1] // heads[0]
-            if len(left) > 1:
-                left = left.unflatten(0, (kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
-            if diagonal is not None:
-                diagonal = diagonal.unflatten(0, (kv_heads, -1)).repeat_interleave(times, 0).flatten()
-        return apply_map(weight, left, right, tail=self.start.tail, diagonal=diagonal)
-
-    def result(self) -> LinearMap:
-        """The map as it stands, fp64; the very start where it does not learn."""
-        if not self.left.requires_grad:
-            return self.start
-        left, right = (None if f is None else f.detach().to("cpu", torch.float64) for f in self.factors())
-        assert left is not None
-        return replace(self.start, kind="learned", left=left, right=right, orthogonal=False)
-
-
-class LearnedRotation(LearnedMap):
-    """A map whose factors stay orthogonal by their optimizer (Cayley): its inverse transpose is itself."""
-
-    def hold(self, on: bool) -> None:
-        """Compute the factors once for many uses, where that costs anything; here it does not."""
-
-    def inverse_factors(self) -> tuple[Tensor, Tensor | None]:
-        """The factors themselves."""
-        return self.factors()
-
-    def result(self) -> LinearMap:
-        """The rotation as it stands, fp64, cleaned of rounding; the very start where it does not learn."""
-        if not self.left.requires_grad:
-            return self.start
-        left, right = (None if f is None else polar(f.detach().to("cpu", torch.float64)) for f in self.factors())
-        assert left is not None
-        return replace(self.start, kind="learned", left=left, right=right, orthogonal=True)
-
-
-class QrRotation(LearnedRotation):
-    """A rotation as the Q of free matrices (QR-Orth): any optimizer may move them."""
-
-    _held: tuple[Tensor, Tensor | None] | None = None
-
-    def hold(self, on: bool) -> None:
-        """Take the QR now and use it until the next call: a rotation that all blocks share needs one a step."""
-        self._held = None
-        if on:
-            self._held = self.factors()
-
-    def factors(self) -> tuple[Tensor, Tensor | None]:
-        """Q of the QR decomposition, signs fixed."""
-        if self._held is not None:
-            return self._held
-        return qr_orthogonal(self.left), None if self.right is None else qr_orthogonal(self.right)
-
-
-class Clip(nn.Module):
-    """sigmoid(p): fractions of the largest magnitude."""
-
-    def __init__(self, start: Float[Tensor, "..."]) -> None:
-        """Begins at the fractions `start`; where those are 1, at FlatQuant's 0.982."""
-        super().__init__()
-        self.shape = start.shape
-        self.logit = nn.Parameter(torch.empty(start.numel(), device=start.device))
-        self.begin_at(start)
-
-    @torch.no_grad()
-    def begin_at(self, start: Float[Tensor, "..."]) -> None:
-        """Begin at other fractions."""
-        logits = torch.logit(start.float().clamp(LEAST_CLIP, ALMOST_ONE))
-        self.logit.copy_(torch.where(start < 1, logits, CLIP_START).flatten())
-
-    def forward(self) -> Tensor:
-        """The fractions."""
-        return self.logit.sigmoid().reshape(self.shape)
-
-
-class Grid(nn.Module):
-    """A grid with a clip that is learned or fixed; no spec: the input stays as it is."""
-
-    fixed: Tensor | None
-
-    def __init__(
-        self,
-        spec: QuantSpec | None,
-        *,
-        learned: bool,
-        start: Float[Tensor, "..."] | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        """`start`: clip ratios to begin with, or to stay at where they are not learned; default: the grid's own."""
-        super().__init__()
-        self.spec = spec
-        self.clip: Clip | None = None
-        self.register_buffer("fixed", start)
-        if learned and spec is not None:
-            own = torch.tensor(1.0 if spec.clip == "mse" else float(spec.clip), device=device)
-            self.clip = Clip(own if start is None else start)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x rounded, with a straight-through gradient."""
-        if self.spec is None:
-            return x
-        return straight_through(x, self.spec, self.fixed if self.clip is None else self.clip())
-
-    def result(self) -> QuantSpec | None:
-        """The grid with its learned clip, if it has one."""
-        if self.clip is None or self.spec is None:
-            return None
-        return replace(self.spec, clip=float(self.clip().detach()))
-
-
-class LearnedKV(nn.Module):
-    """Stands in an attention module where a `KVQuantizer` would: rounds, and hands dense states on."""
-
-    enabled = True
-
-    def __init__(self, keys: Grid, values: Grid, qk: LearnedMap | None) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.qk = qk
-
-    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mapped and rounded keys, rounded values."""
-        return self.keys(keys if self.qk is None else self.qk(keys)), self.values(values)
-
-    def rotate_keys(self, keys: Tensor) -> Tensor:
-        """k·T, of the prefix, which is not rounded."""
-        return keys if self.qk is None else self.qk(keys)
-
-    def decode(self, states: Tensor, dtype: torch.dtype) -> Tensor:
-        """They are dense already."""
-        return _for_attention(states)
-
-    def rotate_queries(self, queries: Tensor) -> Tensor:
-        """q·T^{-T}."""
-        return _for_attention(queries if self.qk is None else self.qk.inverse_transpose(queries))
+from phasequant.transform.learned_grids import Clip, Grid, LearnedKV, searched_clips
+from phasequant.transform.learned_maps import LearnedMap
 
 
 class _Reader(nn.Module):
@@ -424,11 +246,6 @@ class LearnedBlock(nn.Module):
         )
 
 
-def _for_attention(states: Tensor) -> Tensor:
-    """In bfloat16 on a GPU, which has fast attention for that alone; keys and values were rounded to 4 bits before."""
-    return states.bfloat16() if states.is_cuda else states
-
-
 def _key(name: str) -> str:
     return name.replace(".", "_")
 
@@ -447,10 +264,3 @@ def _changed(
         return change(x) if not kept else torch.cat((x[:kept], change(x[kept:])))
 
     return of(weight), None if bias is None else of(bias)
-
-
-def searched_clips(weight: Float[Tensor, "O I"], spec: QuantSpec) -> Float[Tensor, "O G"]:
-    """The clip ratio that the MSE search finds for every scale of a weight."""
-    searched, _ = grid(weight, replace(spec, clip="mse"))
-    plain, _ = grid(weight, replace(spec, clip=1.0))
-    return searched / plain

@@ -23,8 +23,8 @@ norms after the sublayers, with which folding is refused. Where v is no linear o
 randomized Hadamard diag(±1)·H (seed of the recipe); the others are plain. Where no Hadamard matrix exists the ladder of
 `numerics.hadamard` decides, and the report says so: 9 heads take a random orthogonal M.
 
-Not done: QuaRot's code also subtracts the mean of every embedding row. That suits LayerNorm; with RMSNorm it changes
-the function (methods.md §4), so it is left out and logits are tested to stay.
+Not done: QuaRot's code (`fuse_layer_norms`) also subtracts the mean of every embedding row. That suits LayerNorm; with
+RMSNorm, which removes no mean, it changes the function, so it is left out and logits are tested to stay.
 """
 
 from phasequant.arch import ModelMap

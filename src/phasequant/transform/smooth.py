@@ -9,8 +9,8 @@ r"""SmoothQuant: scale migration from activations into weights (arXiv 2211.10438
 Linears behind one norm share one s, whichever groups they are of; where no linear's rows scale a group's input (the
 input of down behind a GELU, of o where q, k and v are one linear) it keeps its scale. All folded: nothing runs online.
 
-It flattens channels, not tokens, and was made for 8 bits; at W4A4 it alone does not hold (methods.md §8 has the
-published collapse), which our table shows too. α is one per model: given, or the one of
+It flattens channels, not tokens, and was made for 8 bits; at W4A4 it alone does not hold: 83.12 is LLaMA-2-7B's
+perplexity in FlatQuant's table (arXiv 2410.09426), and ours shows the same. α is one per model: given, or the one of
 0.3 … 0.9 with the least error of all groups' outputs, Σ ‖Q(X/s)·Q(W·s)ᵀ - XWᵀ‖²/‖XWᵀ‖², on a sample of tokens.
 """
 

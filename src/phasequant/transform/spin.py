@@ -33,9 +33,12 @@ from phasequant.nn import QuantLinear, Recomputed, capped_logits, replace_module
 from phasequant.nn.attention import ATTENTION
 from phasequant.numerics import LinearMap
 from phasequant.optim import CayleySGD, Zeta
+from phasequant.ranks import gradients_together, world
 from phasequant.transform.apply import transform_block
 from phasequant.transform.contract import BlockTransform, Task, Transform
-from phasequant.transform.learned import LearnedBlock, LearnedRotation, QrRotation, searched_clips
+from phasequant.transform.learned import LearnedBlock
+from phasequant.transform.learned_grids import searched_clips
+from phasequant.transform.learned_maps import LearnedRotation, QrRotation
 from phasequant.transform.norms import gain_of, set_gain
 from phasequant.transform.quarot import fixed_rotations
 
@@ -200,10 +203,12 @@ def spin(task: Task) -> Transform:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / learning.steps))
             optimizer.zero_grad()
             total = 0.0
-            for index in torch.randint(len(task.tokens), (learning.batch,), generator=generator).tolist():
+            drawn = torch.randint(len(task.tokens), (learning.batch,), generator=generator).tolist()
+            for index in drawn[world().rank :: world().size]:
                 loss = _loss(rotated, teacher, task.tokens[index].to(task.device)) / learning.batch
                 loss.backward()
                 total += float(loss.detach())
+            total = gradients_together(params, total)
             if not math.isfinite(total):
                 raise PhaseQuantError(
                     f"spin: the loss of step {step} is {total}: lower learning.lr (now {rate}), or start from a model "

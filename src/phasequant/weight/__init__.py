@@ -5,7 +5,8 @@ from phasequant.weight.gptq import gptq
 from phasequant.weight.kept import KeptCodes, keep_blocks
 from phasequant.weight.moments import Moments, best_weights, shrunk
 from phasequant.weight.rtn import round_to_nearest
-from phasequant.weight.walk import WeightTask, needs_tokens, quantize_weights
+from phasequant.weight.task import WeightTask, needs_tokens
+from phasequant.weight.walk import quantize_weights
 
 __all__ = [
     "KeptCodes",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from phasequant import observe, pipeline
 from phasequant.arch import GROUPS
 from phasequant.checkpoint import versions
-from phasequant.compare_rows import Rows
+from phasequant.compare.kept import Rows
 from phasequant.evaluate import Score, score, weight_bytes
 from phasequant.evaluate import tasks as zero_shot
 from phasequant.evaluate.answers import name_of
@@ -155,7 +155,7 @@ class Comparison:
                 "method": made.transform.method,
                 "policy": policy,
                 "seed": recipe.seed,
-                "bits": f"W{weights}A{low}",
+                "bits": f"W{weights}A{low if low == FULL else round(plans[policy].input_bits, 2):g}",
                 "weights": _weights_label(recipe, run),
                 "a8_share": plans[policy].a8_share,
                 "figures": figures,
