@@ -38,6 +38,11 @@ PAPERS = """## Papers' tables beside ours
 What is known of each paper's setting and what is inferred: [benchmarks/papers](benchmarks/papers/README.md).
 
 """
+RANKS = """## Several processes
+
+One command in one process and under torchrun, nothing learned before.
+
+"""
 SPEED = """## Speed on a GPU
 
 LLaMA-3-8B's shape with random weights, baselines in the same run, losses included; read and discussed in
@@ -180,6 +185,23 @@ def speed(made: Json) -> str:
     return text
 
 
+def ranks(made: Json) -> str:
+    """`benchmarks/ranks/measure.py`: seconds of one process and of several."""
+    text = ""
+    for name, command in made["runs"].items():
+        found = load(made["folder"], name)
+        one, several = found["one"], found["several"]
+        pairs = [("whole `quantize`", one["seconds"], several["seconds"])]
+        pairs += [(f"of it, {part}", one["steps"][part], several["steps"][part]) for part in ("learning", "weights")]
+        pairs += [("whole `eval`", one["eval_seconds"], several["eval_seconds"])]
+        rows = [[what, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"] for what, a, b in pairs if a >= 1]
+        head = ["seconds", "1 process", f"{found['processes']} processes", "times as fast"]
+        text += f"`{command}`\n\n{made['about'][name]} [{name}]({made['folder']}/{name})\n\n{table(head, rows)}\n"
+        plans = "the same plan" if found["same_plan"] else "ANOTHER PLAN"
+        text += f"{plans}; KL to the 16-bit model {one['kl']:.4f} and {several['kl']:.4f} nats a token.\n\n"
+    return text
+
+
 def failures() -> list[tuple[str, str, str]]:
     """(heading, head, text) of every paragraph of LOG.md that says it did not work, or is not settled."""
     found, heading = [], ""
@@ -205,6 +227,9 @@ def build() -> str:
     text += SPEED
     for made in index["gpu"]:
         text += speed(made)
+    text += RANKS
+    for made in index["ranks"]:
+        text += ranks(made)
     text += "## What did not work\n\nFrom LOG.md, which has the settings.\n\n"
     for heading, head, said in failures():
         text += f"- **{head}** ({heading}) {said}\n"

@@ -15,7 +15,7 @@ RESULTS = runpy.run_path(str(ROOT / "benchmarks" / "results.py"))
 INDEX = RESULTS["yaml"].safe_load((ROOT / "benchmarks" / "results.yaml").read_text(encoding="utf-8"))
 RUNS = [
     (made["folder"], name, f"{made.get('common', '')} {command}".strip())
-    for section in ("comparisons", "papers", "gpu")
+    for section in ("comparisons", "papers", "gpu", "ranks")
     for made in INDEX[section]
     for name, command in made["runs"].items()
 ]
@@ -35,6 +35,9 @@ def test_commands_of_runs_parse(folder, name, command):
     assert json.loads((ROOT / folder / name).read_text(encoding="utf-8"))
     if command.startswith("phasequant "):
         test_docs.test_commands_parse(None, command, True)
+    elif "benchmarks/ranks/" in command:
+        options = command.partition(" -- ")[2]
+        test_docs.test_commands_parse(None, f"phasequant quantize m8b -o out {options}", True)
     else:
         sys.path.insert(0, str(ROOT / "benchmarks" / "papers"))
         runner = runpy.run_path(str(ROOT / "benchmarks" / "papers" / "run.py"))
