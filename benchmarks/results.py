@@ -197,7 +197,7 @@ def ranks(made: Json) -> str:
         rows = [[what, f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}"] for what, a, b in pairs if a >= 1]
         head = ["seconds", "1 process", f"{found['processes']} processes", "times as fast"]
         text += f"`{command}`\n\n{made['about'][name]} [{name}]({made['folder']}/{name})\n\n{table(head, rows)}\n"
-        plans = "the same plan" if found["same_plan"] else "ANOTHER PLAN"
+        plans = "The same plan" if found["same_plan"] else "ANOTHER PLAN"
         text += f"{plans}; KL to the 16-bit model {one['kl']:.4f} and {several['kl']:.4f} nats a token.\n\n"
     return text
 
