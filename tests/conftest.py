@@ -176,6 +176,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A test that asked for quiet leaves none behind."""
+    yield
+    console.set_quiet(False)
+
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """A fresh one for every test: some take its special tokens away."""
